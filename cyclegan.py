@@ -1,0 +1,464 @@
+"""CycleGAN, to be read beside its paper, from top to bottom.
+
+Zhu, Park, Isola, Efros: "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
+Networks", ICCV 2017, arXiv 1703.10593v7. "Sec." and "Eq." are that paper's; "the authors' code" is
+junyanz/pytorch-CycleGAN-and-pix2pix.
+
+There are two domains, X and Y, and only unpaired pictures x and y of them. G: X -> Y and F: Y -> X
+translate; D_X tells x from F(y), D_Y tells y from G(x). X is domain A of the command line, Y is B.
+"""
+
+import io
+import math
+import os
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+class UserError(ValueError):
+    """Something that whoever runs the program can put right; the text is one sentence about it."""
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+def _setting(default, meaning):
+    return field(default=default, metadata={"help": meaning})
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides the result of a training. Raises UserError naming an impossible value."""
+
+    image_size: int = _setting(256, "side of the square crops to train on, in pixels (Sec. 7.1)")
+    load_size: int = _setting(286, "side that pictures are resized to first, in pixels (Sec. 7.1)")
+    blocks: int = _setting(9, "residual blocks of a generator (Sec. 7.2)")
+    width: int = _setting(64, "channels behind the first layer of each network (Sec. 7.2)")
+    objective: str = _setting("lsgan", "lsgan, least squares (Sec. 4), or log, as in Eq. 1")
+    lambda_gan: float = _setting(1.0, "weight of the adversarial losses (Eq. 3)")
+    lambda_forward: float = _setting(10.0, "weight of the forward cycle, x to F(G(x)) (Eq. 2, 3)")
+    lambda_backward: float = _setting(10.0, "weight of the backward cycle, y to G(F(y)) (Eq. 2, 3)")
+    lambda_identity: float = _setting(0.5, "weight of identity, times the cycle's (Sec. 5.2)")
+    buffer_size: int = _setting(50, "generated images kept per discriminator (Sec. 4), 0 for none")
+    batch_size: int = _setting(1, "pictures of each domain in a step (Sec. 7.1)")
+    lr: float = _setting(2e-4, "Adam's learning rate before the decay (Sec. 4)")
+    beta1: float = _setting(0.5, "Adam's first beta; the second is 0.999 (authors' code)")
+    epochs: int = _setting(100, "epochs at the full learning rate (Sec. 7.1)")
+    decay_epochs: int = _setting(100, "further epochs, with the rate falling to zero (Sec. 7.1)")
+    seed: int = _setting(0, "decides weights, order, crops, flips and the buffers' draws")
+
+    def __post_init__(self):
+        def check(name, possible, rule):
+            if not possible:
+                raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+
+        least = {"image_size": 24, "width": 1, "batch_size": 1}  # of fewer pixels D says nothing
+        for f in fields(self):
+            value, low = getattr(self, f.name), least.get(f.name, 0)
+            if f.type is not str:
+                check(f.name, isinstance(value, (int, f.type)) and low <= value < math.inf,
+                      f"{'a whole' if f.type is int else 'a'} number, at least {low}")
+        check("image_size", self.image_size % 4 == 0, "a multiple of 4")
+        check("load_size", self.load_size >= self.image_size, f"at least {self.image_size}, the crop")
+        check("objective", self.objective in ("lsgan", "log"), "lsgan or log")
+        check("lr", self.lr > 0, "above 0")
+        check("beta1", self.beta1 < 1, "below 1")
+        check("epochs", self.epochs + self.decay_epochs > 0, "above 0 if decay_epochs is 0")
+
+# ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
+# No bias stands before an InstanceNorm, which would subtract it again.
+
+def instance_norm(k):
+    return nn.GroupNorm(k, k, affine=False)  # the same function; on a CPU PyTorch's faster one
+
+def c7s1(channels, k):
+    """7x7 convolution with k filters and stride 1, InstanceNorm, ReLU."""
+    return [nn.ReflectionPad2d(3), nn.Conv2d(channels, k, 7, bias=False),
+            instance_norm(k), nn.ReLU(True)]
+
+def d(channels, k):
+    """3x3 convolution with k filters and stride 2, InstanceNorm, ReLU."""
+    return [nn.Conv2d(channels, k, 3, 2, padding=1, bias=False), instance_norm(k), nn.ReLU(True)]
+
+def u(channels, k):
+    """3x3 transposed convolution with k filters, stride 2 (the paper's 1/2), InstanceNorm, ReLU."""
+    return [nn.ConvTranspose2d(channels, k, 3, 2, padding=1, output_padding=1, bias=False),
+            instance_norm(k), nn.ReLU(True)]
+
+class R(nn.Module):
+    """Residual block: two 3x3 convolutions with k filters. No ReLU behind the sum."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.conv_block = nn.Sequential(
+            nn.ReflectionPad2d(1), nn.Conv2d(k, k, 3, bias=False), instance_norm(k), nn.ReLU(True),
+            nn.ReflectionPad2d(1), nn.Conv2d(k, k, 3, bias=False), instance_norm(k))
+
+    def forward(self, h):
+        return h + self.conv_block(h)
+
+def C(channels, k, stride=2, norm=True):
+    """4x4 convolution with k filters, InstanceNorm but in the first layer, LeakyReLU 0.2."""
+    return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=not norm),
+            *([instance_norm(k)] if norm else []), nn.LeakyReLU(0.2, True)]
+
+def initialise(network, random=None):
+    """Draws weights from N(0, 0.02), sets biases to 0 (Sec. 7.1)."""
+    for parameter in network.parameters():  # biases have one dimension
+        nn.init.normal_(parameter, 0, 0.02 * (parameter.dim() > 1), random)
+
+class Generator(nn.Module):
+    """c7s1-64, d128, d256, R256 times blocks, u128, u64, c7s1-3 (Sec. 7.2, where width is 64).
+
+    (N, 3, H, W) in [-1, 1] -> the same; H and W multiples of 4, at least 8. The state dict's keys
+    are the authors', less the biases that a norm would cancel.
+    """
+
+    def __init__(self, width=64, blocks=9):
+        super().__init__()
+        self.model = nn.Sequential(                  # 256 x 256 become
+            *c7s1(3, width),                         #   64 x 256 x 256
+            *d(width, 2 * width),                    #  128 x 128 x 128
+            *d(2 * width, 4 * width),                #  256 x  64 x  64
+            *(R(4 * width) for _ in range(blocks)),  #  256 x  64 x  64
+            *u(4 * width, 2 * width),                #  128 x 128 x 128
+            *u(2 * width, width),                    #   64 x 256 x 256
+            nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7), nn.Tanh())  # 3 x 256 x 256, no norm
+        initialise(self)
+
+    def forward(self, images):
+        return self.model(images).to(images.dtype)
+
+class Discriminator(nn.Module):
+    """C64, C128, C256, C512, then one filter: the 70 x 70 PatchGAN (Sec. 7.2, where width is 64).
+
+    (N, 3, H, W) in [-1, 1] -> (N, 1, H', W') scores, high for real, each of an overlapping patch of
+    70 x 70 pixels; no sigmoid. With a stride of 2 in C512 too, as one can read the paper, patches
+    would have 94 x 94 pixels; the authors' codes have 1.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.model = nn.Sequential(                  # 256 x 256 become
+            *C(3, width, norm=False),                #   64 x 128 x 128
+            *C(width, 2 * width),                    #  128 x  64 x  64
+            *C(2 * width, 4 * width),                #  256 x  32 x  32
+            *C(4 * width, 8 * width, stride=1),      #  512 x  31 x  31
+            nn.Conv2d(8 * width, 1, 4, padding=1))   #    1 x  30 x  30
+        initialise(self)
+
+    def forward(self, images):
+        return self.model(images).to(images.dtype)
+
+# ---- Losses (Sec. 3 to 5.2) ----------------------------------------------------------------------
+
+def adversarial_loss(scores, real, objective):
+    """An expectation of Eq. 1 over scores that should say `real` (True or False), to be minimised.
+
+    "log": -log D where real, -log(1 - D) where not, with D = sigmoid(scores). "lsgan" (Sec. 4):
+    (D - 1)^2 and D^2, with D = scores. The mean over pictures and patches comes last; 0-d.
+    """
+    if objective == "log":  # -log sigmoid(s) = softplus(-s), which never overflows
+        return nn.functional.softplus(-scores if real else scores).mean()
+    return (scores - float(real)).square().mean()
+
+def L1(a, b):
+    """The norm of Eq. 2 per value: the mean absolute difference. -> 0-d tensor."""
+    return (a - b).abs().mean()
+
+def generate(G, x, y, identity):
+    """G(x) and G(y) from one call, which is exact, as InstanceNorm is per picture.
+
+    Without an identity loss y stands in for G(y), as if G kept it.
+    """
+    return G(torch.cat([x, y])).chunk(2) if identity else (G(x), y)
+
+def discriminator_loss(D, real, fake, objective):
+    """D's part of Eq. 1, from one call, halved "to slow down" D (Sec. 7.1). -> 0-d tensor."""
+    real, fake = D(torch.cat([real, fake])).chunk(2)
+    return (adversarial_loss(real, True, objective) + adversarial_loss(fake, False, objective)) / 2
+
+# ---- The buffer of generated images (Sec. 4) -----------------------------------------------------
+
+class ImageBuffer(nn.Module):
+    """Of one domain, `size` generated images, from which its discriminator learns (authors' code).
+
+    While it fills, an image is stored and returned. From then on it is returned with probability
+    1/2; else a stored one, drawn at random, is returned, and leaves its place to the new one.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.register_buffer("images", torch.zeros(size, 0, 0, 0))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def exchange(self, images, draws=None):
+        """(N, 3, H, W) -> the same shape, decided for one image after another, on the device.
+
+        draws: (N, 2) in [0, 1), two random numbers per image. Another H or W empties the buffer.
+        """
+        if self.size == 0:
+            return images
+        if self.images.shape[1:] != images.shape[1:]:
+            self.images, self.count = images.new_zeros(self.size, *images.shape[1:]), self.count * 0
+        draws = torch.rand(len(images), 2, device=images.device) if draws is None else draws
+        returned = []
+        for image, draw in zip(images.split(1), draws):
+            filling = self.count < self.size
+            place = torch.where(filling, self.count, (draw[:1] * self.size).long())
+            store = filling | (draw[1:] < 0.5)
+            stored = self.images.index_select(0, place)
+            returned.append(torch.where(store & ~filling, stored, image))
+            self.images.index_copy_(0, place, torch.where(store, image, stored))
+            self.count += filling
+        return torch.cat(returned)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        shape = state_dict[prefix + "images"].shape  # not known before the first exchange
+        self.images = self.images.new_zeros(self.size, *shape[1:])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+# ---- Training (Sec. 4 and 7.1) -------------------------------------------------------------------
+
+def learning_rate(config, epoch):
+    """Adam's rate in an epoch counted from 0: constant, then linear, as in the authors' code.
+
+    With the default 100 + 100 epochs 2e-4 up to epoch 99, of which epoch 199 has 1/101.
+    """
+    late = max(0, epoch + 1 - config.epochs) / (config.decay_epochs + 1)
+    return config.lr * max(0.0, 1 - late)
+
+def update(adam, loss):
+    """One step of Adam, from gradients of its own parameters alone: D costs G's update no extra."""
+    adam.zero_grad()
+    loss.backward(inputs=adam.param_groups[0]["params"])
+    adam.step()
+
+class CycleGAN(nn.Module):
+    """All that training changes: G, F, D_X, D_Y, a buffer per discriminator, an Adam per side.
+
+    precision: "fp32", or "bf16" for networks under autocast; weights, losses and Adam stay as they
+    are. After .double() all of it computes in float64. `steps` counts the steps done.
+    """
+
+    def __init__(self, config, device="cpu", precision="fp32"):
+        super().__init__()
+        self.config, self.precision, self.steps = config, precision, 0
+        self.G, self.F = (Generator(config.width, config.blocks) for _ in "GF")
+        self.D_X, self.D_Y = (Discriminator(config.width) for _ in "XY")
+        self.buffer_X, self.buffer_Y = (ImageBuffer(config.buffer_size) for _ in "XY")
+        initialise(self, torch.Generator().manual_seed(config.seed))
+        self.to(device)
+        self.adam_G, self.adam_D = (
+            torch.optim.Adam([*a.parameters(), *b.parameters()], config.lr, (config.beta1, 0.999),
+                             fused=torch.device(device).type in ("cpu", "cuda"))
+            for a, b in ((self.G, self.F), (self.D_X, self.D_Y)))
+
+    def set_learning_rate(self, rate):
+        for adam in (self.adam_G, self.adam_D):
+            adam.param_groups[0]["lr"] = rate
+
+    def autocast(self, images):
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def draws(self, images):
+        """The random numbers of both buffers, (2, N, 2): a function of the seed and the step."""
+        draws = np.random.default_rng([self.config.seed, 0, self.steps]).random((2, len(images), 2))
+        return torch.tensor(draws.tolist(), device=images.device)
+
+    def step(self, x, y):
+        """One update of G and F (Eq. 3, Sec. 5.2), then one of D_X and D_Y. Waits for no device.
+
+        x, y: (N, 3, H, W) in [-1, 1]. Returns detached 0-d tensors: "gan", "cycle" and "identity",
+        weighted as in Eq. 3, and "D_X" and "D_Y". Raises ValueError if x and y differ in shape.
+        """
+        if x.shape != y.shape:
+            raise ValueError(f"x and y differ in shape: {tuple(x.shape)}, {tuple(y.shape)}")
+        c, (draws_X, draws_Y) = self.config, self.draws(x)
+        with self.autocast(x):
+            fake_y, same_y = generate(self.G, x, y, c.lambda_identity)
+            fake_x, same_x = generate(self.F, y, x, c.lambda_identity)
+            gan = c.lambda_gan * (adversarial_loss(self.D_Y(fake_y), True, c.objective)
+                                  + adversarial_loss(self.D_X(fake_x), True, c.objective))
+            cycle = (c.lambda_forward * L1(self.F(fake_y), x)
+                     + c.lambda_backward * L1(self.G(fake_x), y))
+            identity = c.lambda_identity * (c.lambda_backward * L1(same_y, y)
+                                            + c.lambda_forward * L1(same_x, x))
+        update(self.adam_G, gan + cycle + identity)
+
+        old_x = self.buffer_X.exchange(fake_x.detach(), draws_X)
+        old_y = self.buffer_Y.exchange(fake_y.detach(), draws_Y)
+        with self.autocast(x):
+            loss_X = discriminator_loss(self.D_X, x, old_x, c.objective)
+            loss_Y = discriminator_loss(self.D_Y, y, old_y, c.objective)
+        update(self.adam_D, loss_X + loss_Y)
+
+        self.steps += 1
+        return {"gan": gan.detach(), "cycle": cycle.detach(), "identity": identity.detach(),
+                "D_X": loss_X.detach(), "D_Y": loss_Y.detach()}
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+def write_file(path, chunks):
+    """Writes chunks of bytes beside `path`, syncs and renames: readers see the old file or the new.
+
+    Raises UserError, and leaves what was there, if that fails (a full disk, no permission).
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # the rename itself is on the disk once its folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if os.path.exists(part):  # only after a failure
+            part.unlink()
+
+def save_checkpoint(path, model, place):
+    """Writes the whole state of a CycleGAN to a file, with `place`, a dict of plain values."""
+    adams = [adam.state_dict()["state"] for adam in (model.adam_G, model.adam_D)]
+    file = io.BytesIO()
+    torch.save({"config": asdict(model.config), "precision": model.precision, "steps": model.steps,
+                "place": place, "model": model.state_dict(), "adams": adams}, file)
+    write_file(path, [file.getbuffer()])
+
+def read_checkpoint(path):
+    """The dict in a checkpoint: tensors and plain values; no code in it runs. Raises UserError."""
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise UserError("wrong checksum")  # torch.load looks at none
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as error:  # a damaged file makes the readers raise anything at all
+        raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
+
+def load_checkpoint(path, device="cpu"):
+    """The (CycleGAN, place) of save_checkpoint, on any device. Raises UserError naming the file."""
+    saved = read_checkpoint(path)
+    try:
+        model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
+        model.load_state_dict(saved["model"])
+        model.steps = saved["steps"]
+        for adam, state in zip((model.adam_G, model.adam_D), saved["adams"], strict=True):
+            adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
+        return model, saved["place"]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is no checkpoint of a run ({error})") from error
+
+def load_generator(path, direction="AtoB", device="cpu"):
+    """G ("AtoB") or F ("BtoA") from a run's folder or checkpoint, in eval mode.
+
+    The authors' files will do: one such as 200_net_G_B.pth, taken for what it is, or a folder with
+    latest_net_G_A.pth and latest_net_G_B.pth, of which the direction picks one, or with
+    latest_net_G.pth. Blocks and width follow from the weights. Raises UserError naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ("latest.pt", f"latest_net_G_{direction[0]}.pth", "latest_net_G.pth")
+        path = next((path / name for name in names if (path / name).is_file()), path / names[0])
+    saved, weights = read_checkpoint(path), {}
+    ours = "G." if direction == "AtoB" else "F."
+    try:
+        for key, value in saved.get("model", saved).items():
+            if "model" not in saved or key.startswith(ours):
+                key = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix(ours)
+                weights[key.replace("conv_block.6.", "conv_block.5.")] = value  # 6 behind a dropout
+        blocks = sum(key.endswith("conv_block.1.weight") for key in weights)
+        generator = Generator(len(weights["model.1.weight"]), blocks)
+        wanted = generator.state_dict()
+        for key in weights.keys() - wanted.keys():  # statistics and biases without effect may go
+            if not key.endswith((".bias", ".running_mean", ".running_var", ".num_batches_tracked")):
+                raise UserError(f"it has {key}, as antialiased and U-Net generators may")
+        generator.load_state_dict({key: weights[key] for key in wanted})
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({error})") from error
+    return generator.to(device).eval()
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
+
+def find_pictures(folder):
+    """Files under a folder that are pictures by suffix, sorted, none hidden. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    found = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES.split()
+                   and "/." not in f"/{path.relative_to(folder).as_posix()}")
+    if not paths:
+        raise UserError(f"the folder {folder} holds no picture ({SUFFIXES})")
+    return paths
+
+def read_picture(path, side=None):
+    """A picture of any mode that Pillow opens -> (H, W, 3) uint8; with `side`, resized to a square.
+
+    Turned as its EXIF data say, white where transparent, greys of 16 bits scaled, resized bicubic.
+    Raises UserError naming the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise UserError(f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels")
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # greys of 16 bits, or of 32, for which no white is agreed
+                grey = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+                white = max(65535 if image.mode[0] == "I" else 1, grey.max())
+                image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            return np.asarray(image.resize((side, side), Image.BICUBIC) if side else image)
+    except Exception as error:  # a damaged file makes the decoders raise anything at all
+        raise UserError(f"cannot read {path}: {error}") from error
+
+def to_tensor(pictures, device="cpu"):
+    """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1]; it travels as bytes."""
+    bytes_there = torch.from_numpy(pictures).to(device, non_blocking=True)
+    return bytes_there.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+def to_pictures(images):
+    """(N, 3, H, W) tensor in [-1, 1] -> (N, H, W, 3) uint8 array, rounded to the nearest."""
+    levels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+def pad(pictures):
+    """(N, H, W, 3) -> H and W, by reflection, the next multiples of 4 that are at least 8."""
+    below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
+    return np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
+
+@torch.no_grad()
+def translate(generator, pictures):
+    """(N, H, W, 3) uint8, of any size -> the same shape, through a generator."""
+    device, (height, width) = next(generator.parameters()).device, pictures.shape[1:3]
+    return to_pictures(generator(to_tensor(pad(pictures), device)))[:, :height, :width]
+
+def png(picture):
+    """(H, W, 3) uint8 -> the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+def pick_device(name):
+    """"auto" (CUDA if there is any), "cpu", "cuda" or "mps" -> torch.device. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()
+            or name == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {name}: PyTorch finds none on this machine; try --device cpu")
+    return torch.device(name)
