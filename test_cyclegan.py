@@ -1,18 +1,40 @@
 """What must stay true of cyclegan.py, train.py and translate.py.
 
-    python -m pytest                    everything, about two minutes on two CPU cores
-    python test_cyclegan.py             a benchmark: the fused step against the literal one
+    python -m pytest              all of it, about two minutes on two CPU cores
+    python test_cyclegan.py       a benchmark: the fused step against the literal one
 """
 
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import cyclegan
-from cyclegan import Config, CycleGAN, Discriminator, Generator, ImageBuffer
+from cyclegan import (Config, CycleGAN, Discriminator, Generator, ImageBuffer, UserError,
+                      adversarial_loss, learning_rate, load_checkpoint, load_generator, read_picture,
+                      save_checkpoint, to_pictures, to_tensor, translate)
 
-# --------------------------------------------------------------------------------------------------
-# The literal twin: the step as the authors' code takes it, with no fusion, written independently
-# --------------------------------------------------------------------------------------------------
+HERE = Path(__file__).resolve().parent
+TINY = dict(image_size=32, load_size=36, width=4, blocks=2)
+FLAGS = "--image-size 24 --load-size 28 --width 2 --blocks 1".split()
+
+
+# ---- The literal twin: the step as the authors' code takes it, with no fusion ---------------------
 
 
 def twin_generator(width, blocks):
@@ -73,7 +95,7 @@ class Twin:
 
     def pooled(self, pool, images, draws):
         size, result = self.config.buffer_size, []
-        for image, (swap, place) in zip(images, draws.tolist()):
+        for image, (place, swap) in zip(images, draws.tolist()):
             if size == 0:
                 result.append(image)
             elif len(pool) < size:
@@ -114,3 +136,681 @@ class Twin:
             loss_D.backward()
         self.adam_D.step()
         return loss
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+def layers_of(network, size):
+    """(channels, side) behind every layer that changes them."""
+    shapes, h = [(3, size)], torch.zeros(1, 3, size, size)
+    for layer in network.model:
+        h = layer(h)
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, cyclegan.R)):
+            shapes.append((h.shape[1], h.shape[2]))
+    return shapes[1:]
+
+
+def test_layers_are_those_of_section_7_2():
+    down, up = [(64, 256), (128, 128), (256, 64)], [(128, 128), (64, 256), (3, 256)]
+    assert layers_of(Generator(64, 9), 256) == down + 9 * [(256, 64)] + up
+    assert layers_of(Generator(64, 6), 128) == [(64, 128), (128, 64), (256, 32)] + 6 * [(256, 32)] + [
+        (128, 64), (64, 128), (3, 128)]
+    assert layers_of(Discriminator(), 256) == [(64, 128), (128, 64), (256, 32), (512, 31), (1, 30)]
+
+
+@pytest.mark.parametrize("ours, twin", [
+    (Generator(4, 6), twin_generator(4, 6)), (Generator(3, 9), twin_generator(3, 9)),
+    (Discriminator(4), twin_discriminator(4))])
+def test_networks_compute_what_the_authors_networks_do(ours, twin):
+    # Padding, strides, norms, signs, activations: any difference of wiring shows in the values.
+    ours.double()
+    twin.double()
+    for parameter in twin.parameters():  # large weights, so that no nonlinearity idles
+        nn.init.normal_(parameter, 0, 0.3, torch.Generator().manual_seed(parameter.numel()))
+    weights = twin.state_dict()
+    ours.model.load_state_dict({key: weights[key] for key in ours.model.state_dict()})
+    for key in weights.keys() - ours.model.state_dict().keys():
+        weights[key] += 3  # biases that a norm cancels
+    images = noise(2, 3, 64, 48)
+    assert torch.allclose(ours(images), twin(images), rtol=0, atol=1e-9)  # of values up to 10^4 inside
+
+
+def test_state_dict_has_the_authors_keys():
+    def keys(network):
+        return {key.rsplit(".", 1)[0] for key in network.state_dict()}
+    blocks = {f"model.{b}.conv_block.{i}" for b in range(10, 19) for i in (1, 5)}
+    assert keys(Generator()) == blocks | {f"model.{i}" for i in (1, 4, 7, 19, 22, 26)}
+    assert keys(Discriminator()) == {f"model.{i}" for i in (0, 2, 5, 8, 11)}
+    # The paper's counts, less the biases before a norm: 5,248 in a generator, 896 in a discriminator.
+    count = [sum(p.numel() for p in n.parameters()) for n in (Generator(), Generator(64, 6), Discriminator())]
+    assert count == [11_378_179 - 5_248, 7_837_699 - 5_248 + 3 * 512, 2_764_737 - 896]
+
+
+def test_receptive_field_is_70():
+    D = Discriminator(4)
+    for i, layer in enumerate(D.model):
+        if isinstance(layer, nn.GroupNorm):
+            D.model[i] = nn.Identity()  # its statistics would see the whole picture
+    images = torch.rand(1, 3, 256, 256).requires_grad_()
+    D(images)[0, 0, 15, 15].backward()
+    seen = images.grad[0].abs().sum(0).nonzero()
+    assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
+
+
+def test_generator_keeps_size_range_and_type():
+    for height, width in ((256, 256), (8, 12), (100, 64)):
+        out = Generator(2, 1)(100 * noise(1, 3, height, width, dtype=torch.float32))
+        assert out.shape == (1, 3, height, width) and out.abs().max() <= 1
+
+
+def test_weights_start_from_a_normal_of_2_percent():
+    a, b, c = CycleGAN(Config(**TINY)), CycleGAN(Config(**TINY)), CycleGAN(Config(**TINY, seed=1))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.G.model[1].weight, c.G.model[1].weight)
+    assert not torch.equal(a.G.model[1].weight, a.F.model[1].weight)
+    for network in (Generator(32), Discriminator(32), CycleGAN(Config(width=32)).F):
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                assert not parameter.any()
+            elif parameter.numel() > 10_000:  # the standard error of a deviation is 1 / sqrt(2 n)
+                assert abs(parameter.std().item() / 0.02 - 1) < 0.03 and abs(parameter.mean()) < 1e-3
+
+
+# ---- Losses --------------------------------------------------------------------------------------
+
+def test_losses_against_numpy():
+    scores = noise(2, 1, 5, 4) * 3
+    s = scores.numpy()
+    D = 1 / (1 + np.exp(-s))
+    expected = {("lsgan", True): np.mean((s - 1) ** 2), ("lsgan", False): np.mean(s ** 2),
+                ("log", True): -np.mean(np.log(D)), ("log", False): -np.mean(np.log(1 - D))}
+    for (objective, real), value in expected.items():
+        assert abs(adversarial_loss(scores, real, objective).item() - value) < 1e-12
+    a, b = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
+    assert abs(cyclegan.L1(a, b).item() - np.mean(np.abs(a.numpy() - b.numpy()))) < 1e-12
+    for s in (-1e4, 1e4):  # the logarithm of a sigmoid overflows here, the loss must not
+        assert adversarial_loss(torch.tensor([s]), True, "log").item() == max(0, -s)
+
+
+def test_losses_are_taken_per_patch_not_of_the_mean_score():
+    scores = torch.tensor([[2.0, 0.0]])  # on average 1, yet each patch is wrong
+    assert adversarial_loss(scores, True, "lsgan") == 1 and adversarial_loss(scores, False, "lsgan") == 2
+
+
+def test_discriminator_loss_is_halved():
+    class D(nn.Module):
+        def forward(self, images):
+            return images[:, :1] * 0 + images.mean((1, 2, 3), keepdim=True)
+    real, fake = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 0.25)
+    assert cyclegan.discriminator_loss(D(), real, fake, "lsgan") == (0.5 ** 2 + 0.25 ** 2) / 2
+
+
+# ---- The step ------------------------------------------------------------------------------------
+
+STEPS = {
+    "as in the paper": {}, "no identity": dict(lambda_identity=0.0), "log likelihood": dict(objective="log"),
+    "log, no identity": dict(objective="log", lambda_identity=0.0), "no buffer": dict(buffer_size=0),
+    "forward cycle only": dict(lambda_backward=0.0), "backward cycle only": dict(lambda_forward=0.0),
+    "GAN alone": dict(lambda_forward=0.0, lambda_backward=0.0), "cycle alone": dict(lambda_gan=0.0),
+    "unequal weights": dict(lambda_gan=2.0, lambda_forward=7.0, lambda_backward=3.0, beta1=0.3)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("setting", STEPS.values(), ids=STEPS.keys())
+def test_step_equals_the_literal_twin(setting, batch_size):
+    config = Config(**{**TINY, "buffer_size": 2, **setting})
+    model = CycleGAN(config).double()
+    twin = Twin(config, model)
+    for k in range(4):
+        x, y = noise(batch_size, 3, 32, 32, seed=k), noise(batch_size, 3, 32, 32, seed=k + 9)
+        loss = twin.step(x, y, model.draws(x))
+        losses = model.step(x, y)
+        total = losses["gan"] + losses["cycle"] + losses["identity"]
+        assert abs(total.item() - loss.item()) < 1e-12 * loss.item()
+        assert all(v.shape == () and not v.requires_grad for v in losses.values())
+    for name, network in twin.networks.items():
+        for key, value in getattr(model, name).model.state_dict().items():
+            assert (value - network.state_dict()[key]).abs().max() < 1e-12, (name, key)
+    assert model.steps == 4
+
+
+def test_step_is_symmetric_under_swapping_the_domains():
+    config = dict(TINY, lambda_forward=7.0, lambda_backward=3.0)
+    one = CycleGAN(Config(**config)).double()
+    two = CycleGAN(Config(**{**config, "lambda_forward": 3.0, "lambda_backward": 7.0})).double()
+    pairs = (("G", "F"), ("F", "G"), ("D_X", "D_Y"), ("D_Y", "D_X"))
+    for a, b in pairs:
+        getattr(two, b).load_state_dict(getattr(one, a).state_dict())
+    x, y = noise(2, 3, 32, 32), noise(2, 3, 32, 32, seed=1)
+    for _ in range(2):
+        first, second = one.step(x, y), two.step(y, x)
+        assert abs(first["D_X"] - second["D_Y"]) < 1e-12 > abs(first["cycle"] - second["cycle"])
+    for a, b in pairs:
+        for p, q in zip(getattr(one, a).parameters(), getattr(two, b).parameters()):
+            assert (p - q).abs().max() < 1e-12
+
+
+def test_step_refuses_x_and_y_of_different_shapes():
+    with pytest.raises(ValueError, match="shape"):
+        CycleGAN(Config(**TINY)).step(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+
+
+def test_step_waits_for_no_device():
+    # Under fake tensors whatever asks for a value (.item(), a Python branch, a mask) raises.
+    model, x = CycleGAN(Config(**TINY)), noise(2, 3, 32, 32, dtype=torch.float32)
+    for _ in range(2):
+        model.step(x, x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        losses = model.step(x, x)
+        with pytest.raises(DataDependentOutputException):
+            bool(losses["gan"] > 0)  # the control
+
+
+def test_bf16_leaves_weights_losses_and_images_in_float32():
+    model, x = CycleGAN(Config(**TINY), precision="bf16"), noise(1, 3, 32, 32, dtype=torch.float32)
+    losses = model.step(x, x)
+    assert {v.dtype for v in (*losses.values(), *model.parameters(), model.buffer_X.images)} == {torch.float32}
+    exact = CycleGAN(Config(**TINY)).step(x, x)  # bf16 has 8 bits: some percent after 12 layers
+    assert all(0 < abs(losses[k] / exact[k] - 1) < 0.1 for k in ("gan", "cycle"))
+
+
+# ---- The buffer and the schedule -----------------------------------------------------------------
+
+def test_buffer_by_hand():
+    buffer = ImageBuffer(2)
+
+    def exchange(values, draws):
+        images = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        out = buffer.exchange(images, torch.tensor(draws))
+        assert out.shape == images.shape
+        return out[:, 0, 0, 0].tolist(), buffer.images[:, 0, 0, 0].tolist()
+
+    keep = [0.9, 0.1]  # (place, decision): ignored while the buffer fills
+    assert exchange([1.0], [keep]) == ([1], [1, 0])
+    assert exchange([2.0], [keep]) == ([2], [1, 2])
+    assert exchange([3.0], [[0.6, 0.5]]) == ([3], [1, 2])  # decision from 1/2 on: itself
+    assert exchange([4.0], [[0.6, 0.49]]) == ([2], [1, 4])  # else the old one at 0.6 * 2
+    assert exchange([5.0, 6.0], [[0.0, 0.0], [0.0, 0.0]]) == ([1, 5], [6, 4])  # one after another
+
+
+def test_buffer_fills_then_swaps_half_of_the_time_and_shares_no_memory():
+    buffer, swapped = ImageBuffer(50), 0
+    torch.manual_seed(0)
+    for k in range(2050):
+        image = torch.full((1, 3, 2, 2), float(k))
+        out = buffer.exchange(image)
+        assert out.data_ptr() != buffer.images.data_ptr()
+        image.fill_(-1)  # what is stored is a copy
+        swapped += out[0, 0, 0, 0].item() != k
+        if k < 50:
+            assert swapped == 0
+    assert abs(swapped / 2000 - 0.5) < 0.05  # 4.5 standard errors
+    assert len(set(buffer.images[:, 0, 0, 0].tolist())) == 50 and buffer.images.min() >= 0
+    assert torch.equal(ImageBuffer(0).exchange(image), image)
+
+
+def test_draws_differ_by_step_and_seed_and_domain():
+    def draws(seed, steps):
+        model = CycleGAN(Config(**TINY, seed=seed))
+        model.steps = steps
+        return model.draws(torch.zeros(3, 1)).flatten().tolist()
+    values = draws(0, 0) + draws(0, 1) + draws(1, 0)
+    assert len(set(values)) == len(values) and draws(0, 1) == draws(0, 1)
+
+
+def test_learning_rate():
+    config = Config()
+    for epoch, rate in {0: 2e-4, 99: 2e-4, 100: 2e-4 * 100 / 101, 199: 2e-4 / 101}.items():
+        assert abs(learning_rate(config, epoch) - rate) < 1e-18
+    assert learning_rate(config, 1000) == 0
+    assert learning_rate(Config(decay_epochs=0), 99) == 2e-4
+    model = CycleGAN(Config(**TINY))
+    model.set_learning_rate(0.0)
+    before, x = [p.clone() for p in model.parameters()], noise(1, 3, 32, 32, dtype=torch.float32)
+    model.step(x, x)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+# ---- Settings and files --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("field, value", [
+    ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0), ("lambda_identity", -0.5),
+    ("lambda_forward", math.nan), ("objective", "wgan"), ("batch_size", 0), ("lr", 0.0), ("lr", math.inf),
+    ("beta1", 1.0), ("width", 0), ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5), ("seed", "x")])
+def test_impossible_settings_are_refused_by_name(field, value):
+    with pytest.raises(UserError, match=f"^{field} .*{re.escape(repr(value))}"):
+        Config(**{field: value})
+
+
+def state_of(model):
+    adams = [v for adam in (model.adam_G, model.adam_D) for s in adam.state.values() for v in s.values()]
+    return [*model.state_dict().values(), *adams, torch.tensor(model.steps)]
+
+
+def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
+    x, y = (noise(1, 3, 32, 32, seed=s, dtype=torch.float32) for s in (0, 1))
+    one = CycleGAN(Config(**TINY, buffer_size=2))
+    for _ in range(3):
+        one.step(x, y)
+    save_checkpoint(tmp_path / "a.pt", one, {"epoch": 3})
+    two, place = load_checkpoint(tmp_path / "a.pt")
+    assert place == {"epoch": 3} and two.config == one.config
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
+        one.step(x, y)
+        two.step(x, y)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def authors_file(generator, form):
+    """A generator's weights as one of the authors' programs would have saved them."""
+    saved = {}
+    for key, value in generator.state_dict().items():
+        if form == "dropout":
+            key = key.replace("conv_block.5", "conv_block.6")
+        saved[key] = value
+        if key.endswith("weight"):  # biases without effect stand before every norm
+            out = value.shape[1] if key in ("model.19.weight", "model.22.weight") else len(value)
+            saved.setdefault(key.replace("weight", "bias"), torch.randn(out))
+            if form == "old":
+                stem, number = key.removesuffix(".weight").rsplit(".", 1)
+                for name in ("running_mean", "running_var", "num_batches_tracked"):
+                    saved[f"{stem}.{int(number) + 1}.{name}"] = torch.zeros(1)
+    saved["model.26.bias"] = generator.state_dict()["model.26.bias"]
+    prefix = {"module": "module.", "compiled": "_orig_mod."}.get(form, "")
+    return {prefix + key: value for key, value in saved.items()}
+
+
+@pytest.mark.parametrize("form", ["plain", "old", "dropout", "module", "compiled"])
+def test_authors_generators_load(form, tmp_path):
+    G, F = Generator(4, 9), Generator(4, 9)
+    for letter, network in (("A", G), ("B", F)):
+        torch.save(authors_file(network, form), tmp_path / f"latest_net_G_{letter}.pth",
+                   _use_new_zipfile_serialization=form != "old")
+    picture = np.random.default_rng(0).integers(256, size=(1, 40, 44, 3), dtype=np.uint8)
+    for direction, network in (("AtoB", G), ("BtoA", F)):
+        expected = translate(network, picture)
+        assert (translate(load_generator(tmp_path, direction), picture) == expected).all()
+        one_file = tmp_path / f"latest_net_G_{direction[0]}.pth"
+        assert (translate(load_generator(one_file), picture) == expected).all()
+
+
+def test_foreign_generators_are_refused(tmp_path):
+    weights = Generator(4, 9).state_dict()
+    for name, change in {"antialiased": {"model.5.filt": torch.zeros(1)}, "grey": {
+            "model.1.weight": torch.zeros(4, 1, 7, 7)}, "nothing": {"model.1.weight": None}}.items():
+        torch.save({**weights, **change}, tmp_path / name)
+        with pytest.raises(UserError, match=name):
+            load_generator(tmp_path / name)
+    torch.save(Discriminator(4).state_dict(), tmp_path / "D.pth")
+    with pytest.raises(UserError, match="D.pth"):
+        load_generator(tmp_path / "D.pth")
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "whole", CycleGAN(Config(**TINY)), {})
+    whole = (tmp_path / "whole").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for name, data in {"empty": b"", "text": b"hello", "short": whole[:-100], "half": whole[:len(whole) // 2],
+                       "flipped": bytes(flipped)}.items():
+        (tmp_path / name).write_bytes(data)
+        for load in (load_checkpoint, load_generator):
+            with pytest.raises(UserError, match=name):
+                load(tmp_path / name)
+
+
+class Malice:
+    def __reduce__(self):
+        return (os.mkdir, ("malice_was_here",))
+
+
+def test_checkpoints_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malice()}, "bad.pt")
+    with pytest.raises(UserError, match="bad.pt"):
+        load_checkpoint("bad.pt")
+    assert not Path("malice_was_here").exists()
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+def test_pictures_of_every_mode(tmp_path):
+    ramp = np.linspace(0, 255, 6 * 5).round().astype(np.uint8).reshape(5, 6)
+    colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1)
+    rgb, grey = Image.fromarray(colours), np.stack([ramp] * 3, -1)
+    alpha = Image.fromarray(np.dstack([colours, np.where(ramp > 100, 255, 0).astype(np.uint8)]))
+    over_white = np.where(ramp[..., None] > 100, colours, 255)
+    sixteen = ramp.astype(np.uint16) * 257
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    cases = [
+        ("rgb.png", rgb, {}, colours), ("grey.png", Image.fromarray(ramp), {}, grey),
+        ("16.png", Image.fromarray(sixteen), {}, grey), ("16.tif", Image.fromarray(sixteen), {}, grey),
+        ("float.tif", Image.fromarray(ramp.astype(np.float32) / 255), {}, grey),
+        ("32.tif", Image.fromarray(sixteen.astype(np.int32)), {}, grey),
+        ("1.png", Image.fromarray(ramp > 100), {}, np.where(grey > 100, 255, 0)),
+        ("palette.png", Image.fromarray(ramp).convert("P"), {}, grey),
+        ("alpha.png", alpha, {}, over_white), ("turned.png", rgb, {"exif": exif}, np.rot90(colours, -1)),
+        ("la.png", alpha.convert("LA"), {}, None), ("cmyk.tif", rgb.convert("CMYK"), {}, colours),
+        ("key.png", rgb, {"transparency": tuple(map(int, colours[0, 0]))}, None),
+        ("animated.gif", Image.fromarray(ramp), {"save_all": True, "append_images": [rgb]}, grey)]
+    for name, image, options, expected in cases:
+        image.save(tmp_path / name, **options)
+        picture = read_picture(tmp_path / name)
+        assert picture.dtype == np.uint8 and picture.shape[2] == 3, name
+        if expected is not None:
+            assert picture.shape == expected.shape and np.abs(picture - expected.astype(int)).max() <= 1, name
+    assert (read_picture(tmp_path / "key.png")[0, 0] == 255).all()
+    assert read_picture(tmp_path / "rgb.png", 9).shape == (9, 9, 3)
+
+
+def test_bytes_survive_the_way_to_a_tensor_and_back():
+    picture = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    tensor = to_tensor(picture)
+    assert tensor.min() == -1 and tensor.max() == 1 and tensor.dtype == torch.float32
+    assert (to_pictures(tensor) == picture).all()
+    assert to_pictures(torch.full((1, 3, 1, 1), 0.5 / 127.5 - 1 + 1e-4)).max() == 1  # rounds, not cuts
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 50), (5, 7), (64, 64), (33, 70)])
+def test_translations_have_the_size_of_their_picture(height, width):
+    picture = np.random.default_rng(0).integers(256, size=(2, height, width, 3), dtype=np.uint8)
+    assert translate(Generator(2, 1), picture).shape == picture.shape
+    nothing = nn.Conv2d(3, 3, 1)  # as a network that changes nothing shows the frame around it
+    nn.init.dirac_(nothing.weight)
+    nn.init.zeros_(nothing.bias)
+    assert (translate(nothing, picture) == picture).all()
+
+
+# ---- The programs, run for real ------------------------------------------------------------------
+
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE",  # or processes that compete wait for each other
+               "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(folder, *arguments):
+    """Runs one of the programs in a folder, -> (exit status, standard output, standard error)."""
+    program, *rest = map(str, arguments)
+    done = subprocess.run([sys.executable, HERE / program, *rest], cwd=folder, env=ENVIRONMENT,
+                          capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def ok(folder, *arguments):
+    status, out, err = run(folder, *arguments)
+    assert status == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with apples/ (5 pictures, one below another folder) and oranges/ (3), and a trained run."""
+    folder = tmp_path_factory.mktemp("user")
+    for name, count, colour in (("apples", 5, (200, 30, 40)), ("oranges", 3, (250, 150, 20))):
+        (folder / name / "more").mkdir(parents=True)
+        for k in range(count):
+            picture = np.random.default_rng(k).integers(60, size=(30 + k, 41, 3)) + np.array(colour) // 2
+            path = folder / name / ("more" if k == 1 else "") / f"{name} {k}.{'jpg' if k % 2 else 'png'}"
+            Image.fromarray(picture.astype(np.uint8)).save(path)
+    out = ok(folder, "train.py", "--dataA", "apples/", "--dataB", "oranges/", *FLAGS, "--epochs", 2,
+             "--decay-epochs", 2, "--batch-size", 2, "--save-every", 2, "--out", "trained")
+    assert "finished after step 12" in out  # 4 epochs of 3 batches for 5 pictures
+    return folder
+
+
+def test_training_writes_what_it_promises(place):
+    run_folder = place / "trained"
+    written = sorted(str(p.relative_to(run_folder)) for p in run_folder.rglob("*") if p.is_file())
+    assert written == ["cache/A.bytes", "cache/A.sha256", "cache/B.bytes", "cache/B.sha256",
+                       "epoch_0002.pt", "epoch_0004.pt", "latest.pt", "losses.csv",
+                       *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
+    lines = (run_folder / "losses.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,rate,gan,cycle,identity,D_X,D_Y"
+    rows = [[float(v) for v in line.split(",")] for line in lines[1:]]
+    assert [row[0] for row in rows] == list(range(1, 13)) and [row[1] for row in rows[::3]] == [1, 2, 3, 4]
+    assert np.allclose([row[2] for row in rows[::3]], [2e-4, 2e-4, 2e-4 * 2 / 3, 2e-4 / 3], rtol=1e-6)
+    grid = np.asarray(Image.open(run_folder / "samples" / "epoch_0004.png"))
+    assert grid.shape == (4 * 32, 6 * 32, 3)  # 28 pixels in a frame of 2
+    shown = np.asarray(Image.open(place / "apples" / "apples 0.png").resize((28, 28), Image.BICUBIC))
+    assert (grid[2:30, 2:30] == shown).all()  # whole, not cropped
+
+
+def test_batches_follow_the_authors_sampling():
+    train = pytest.importorskip("train")
+    config = Config(image_size=24, load_size=30, batch_size=2, seed=3)
+    A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None] for n in (7, 4))
+    A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # rows tell a crop's place, no column does
+    seen, pairs, places = [], [], set()
+    epochs = list(train.batches(Config(**{**vars(config), "epochs": 1, "decay_epochs": 1}), A, B, 4, 0, 0))
+    assert [(e, s) for e, s, *_ in epochs] == [(e, s) for e in (0, 1) for s in range(4)]
+    for epoch in (0, 1):
+        x = np.concatenate([x for e, _, x, _ in epochs if e == epoch])
+        y = np.concatenate([y for e, _, _, y in epochs if e == epoch])
+        assert x.shape == y.shape == (8, 24, 24, 3)
+        seen.append([int(v) % 8 for v in x[:, 0, 0, 0]])
+        pairs.append(list(zip(seen[-1], y[:, 0, 0, 0].tolist())))
+        places |= {int(v) // 8 for v in x[:, 0, 0, 0]}
+        assert set(seen[-1][:7]) == set(range(7)) and seen[-1][7] == seen[-1][0]  # each once, then the first
+    assert seen[0] != seen[1] and set(pairs[0]) != set(pairs[1]) and len(places) > 3
+    again = train.batch(config, A, B, 1, 2)
+    assert all((a == b).all() for a, b in zip(again, epochs[6][2:]))  # of the place alone
+    big = np.arange(30, dtype=np.uint8)[None, None, :, None] + np.zeros((1, 30, 30, 3), np.uint8)
+    flips = [train.batch(config, big, big, 0, s)[0][0, 0, :, 0] for s in range(60)]
+    assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
+
+
+def test_small_domains_are_drawn_from_for_the_whole_epoch(place):
+    out = ok(place, "train.py", "--dataA", "oranges", "--dataB", "apples", *FLAGS, "--epochs", 1,
+             "--decay-epochs", 0)
+    assert "finished after step 5" in out  # max(3, 5)
+    assert (place / "runs" / "oranges-apples").is_dir()
+    out = ok(place, "train.py", "--dataA", "oranges", "--dataB", "apples", *FLAGS, "--max-steps", 1)
+    assert "new run runs/oranges-apples-2" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
+    data = ["train.py", "--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--buffer-size", "3"]
+    process = subprocess.Popen([sys.executable, HERE / data[0], *map(str, data[1:]), "--out", "stopped"],
+                               cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 3"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 128 + number and "python train.py --resume stopped" in rest
+    steps = load_checkpoint(tmp_path / "stopped" / "latest.pt")[0].steps
+    assert f"stopped after step {steps};" in rest
+    ok(tmp_path, "train.py", "--resume", "stopped", "--max-steps", steps + 7)
+    ok(tmp_path, *data, "--max-steps", steps + 7, "--out", "whole")
+    one, two = (load_checkpoint(tmp_path / name / "latest.pt") for name in ("stopped", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(state_of(one[0]), state_of(two[0]), strict=True))
+    assert one[1] == two[1] and one[0].steps == steps + 7
+    assert (tmp_path / "stopped/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
+
+
+def test_translations_keep_names_folders_and_sizes(place):
+    out = ok(place, "translate.py", "apples", "--checkpoint", "trained", "--out", "there")
+    names = {"apples 0", "more/apples 1", "apples 2", "apples 3", "apples 4"}
+    assert {str(p.relative_to(place / "there").with_suffix("")) for p in (place / "there").rglob("*.png")} == names
+    assert "5 translated" in out
+    for suffix, side in (("", 1), ("-2", 2)):
+        ok(place, "translate.py", "apples/apples 2.png", "apples/more/apples 1.jpg", "--checkpoint",
+           "trained/epoch_0004.pt", "--direction", "BtoA", "--out", f"two{side}",
+           *["--side-by-side"][:side - 1])
+        picture = read_picture(place / "apples" / "apples 2.png")
+        result = read_picture(place / f"two{side}" / "apples 2.png")
+        F = load_generator(place / "trained", "BtoA")
+        assert (result[:, -picture.shape[1]:] == translate(F, picture[None])[0]).all()
+        assert result.shape == (32, 41 * side, 3) and (side == 1 or (result[:, :41] == picture).all())
+
+
+def test_nothing_is_written_over(place):
+    status, _, err = run(place, "translate.py", "apples", "--checkpoint", "trained", "--out", "apples")
+    assert status == 1 and "apples 0.png is one of the pictures" in err
+    shutil.copytree(place / "apples", place / "twice" / "apples")
+    (place / "twice" / "apples" / "apples 0.jpg").write_bytes((place / "apples" / "apples 3.jpg").read_bytes())
+    ok(place, "translate.py", "twice", "--checkpoint", "trained", "--out", "twice-out")
+    assert len(list((place / "twice-out").rglob("*.png"))) == 6
+    assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
+
+
+@pytest.fixture(scope="module")
+def bad(place):
+    """Things that can go wrong, beside the good ones."""
+    (place / "empty").mkdir()
+    (place / "texts").mkdir()
+    (place / "texts" / "a.txt").write_text("no picture")
+    (place / "broken").mkdir()
+    (place / "broken" / "a.png").write_bytes((place / "apples" / "apples 0.png").read_bytes()[:200])
+    (place / "some").mkdir()
+    for name in ("broken/a.png", "apples/apples 2.png"):
+        shutil.copy(place / name, place / "some")
+    Image.new("1", (12000, 12000)).save(place / "some" / "huge.png")
+    (place / "file").write_text("a file")
+    shutil.copytree(place / "trained", place / "cut")
+    (place / "cut" / "latest.pt").write_bytes((place / "trained" / "latest.pt").read_bytes()[:5000])
+    shutil.copytree(place / "trained", place / "text")
+    (place / "text" / "latest.pt").write_text("hello")
+    return place
+
+
+DATA = ["train.py", "--dataA", "apples", "--dataB", "oranges", *FLAGS]
+MISTAKES = {
+    "missing folder": (["train.py", "--dataA", "nowhere", "--dataB", "oranges"], "nowhere"),
+    "empty folder": (["train.py", "--dataA", "apples", "--dataB", "empty"], "empty"),
+    "no picture": (["train.py", "--dataA", "texts", "--dataB", "oranges"], "texts"),
+    "only broken pictures": (["train.py", "--dataA", "broken", "--dataB", "oranges", *FLAGS], "broken"),
+    "one folder": (["train.py", "--dataA", "apples"], "--dataB"),
+    "out is a file": ([*DATA, "--out", "file"], "file"),
+    "out below a file": ([*DATA, "--out", "file/run"], "file"),
+    "out is a run": ([*DATA, "--out", "trained"], "--resume trained"),
+    "impossible setting": ([*DATA, "--image-size", "26"], "image_size must be a multiple of 4"),
+    "not a number": ([*DATA, "--lr", "fast"], "--lr"),
+    "no such run": (["train.py", "--resume", "nowhere"], "nowhere"),
+    "checkpoint cut short": (["train.py", "--resume", "cut"], "cut/latest.pt"),
+    "not a checkpoint": (["train.py", "--resume", "text"], "text/latest.pt"),
+    "other settings": (["train.py", "--resume", "trained", "--width", "5"], "--width 5"),
+    "other pictures": (["train.py", "--resume", "trained", "--dataA", "oranges"], "--dataA"),
+    "fewer epochs": (["train.py", "--resume", "trained", "--epochs", "1"], "--epochs 1"),
+    "loss not finite": ([*DATA, "--lr", "1e30", "--out", "exploded"], "is nan at step"),
+    "no picture to translate": (["translate.py", "nothing.jpg", "--checkpoint", "trained"], "nothing.jpg"),
+    "no checkpoint": (["translate.py", "apples", "--checkpoint", "apples"], "apples/latest.pt"),
+    "no generator": (["translate.py", "apples", "--checkpoint", "apples/apples 0.png"], "apples 0.png"),
+    "cut checkpoint": (["translate.py", "apples", "--checkpoint", "cut"], "cut/latest.pt"),
+    "out cannot be written": (["translate.py", "apples", "--checkpoint", "trained", "--out", "file/x"], "file/x"),
+}
+if not torch.cuda.is_available():
+    MISTAKES["no CUDA"] = ([*DATA, "--device", "cuda"], "--device cuda")
+
+
+@pytest.fixture(scope="module")
+def mistakes(bad):
+    before = sorted(str(p) for p in bad.rglob("*"))
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(MISTAKES, pool.map(lambda case: run(bad, *case[0]), MISTAKES.values())))
+    left = {Path(p).relative_to(bad).parts[0] for p in {str(p) for p in bad.rglob("*")} - set(before)}
+    return results, left
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_get_one_sentence(mistakes, case):
+    status, _, err = mistakes[0][case]
+    assert status not in (0, None) and MISTAKES[case][1] in err
+    assert err.startswith("usage:") or len(err.splitlines()) == 1, err
+
+
+def test_mistakes_leave_nothing_behind(mistakes, bad):
+    assert mistakes[1] == {"exploded"}
+    assert load_checkpoint(bad / "exploded" / "latest.pt")[0].steps == 0  # the last good one
+
+
+def test_unreadable_pictures_are_named_and_skipped(bad):
+    out = ok(bad, "train.py", "--dataA", "some", "--dataB", "oranges", *FLAGS, "--max-steps", 1, "--out", "partly")
+    assert "skipped: cannot read some/a.png" in out.replace(str(bad) + "/", "")
+    assert "some/huge.png" in out and "1 pictures" in out and "2 skipped" in out
+    status, out, err = run(bad, "translate.py", "some", "--checkpoint", "trained", "--out", "partly-out")
+    assert status == 1 and "some/a.png" in err and "some/huge.png" in err and "1 translated" in out
+    assert [p.name for p in (bad / "partly-out").iterdir()] == ["apples 2.png"]
+
+
+def test_changed_folder_is_read_again(bad):
+    shutil.copytree(bad / "apples", bad / "growing")
+    arguments = ["train.py", "--dataA", "growing", "--dataB", "oranges", *FLAGS, "--out", "grown"]
+    ok(bad, *arguments, "--max-steps", 1)
+    cache = bad / "grown" / "cache" / "A.bytes"
+    made = cache.stat().st_mtime_ns
+    ok(bad, "train.py", "--resume", "grown", "--max-steps", 2)
+    assert cache.stat().st_mtime_ns == made
+    shutil.copy(bad / "oranges" / "oranges 0.png", bad / "growing")
+    ok(bad, "train.py", "--resume", "grown", "--max-steps", 3)
+    assert cache.stat().st_size == 6 * 28 * 28 * 3
+
+
+def test_demo_scenes_differ_in_the_fruit_alone():
+    train = pytest.importorskip("train")
+    scene = train.draw_scene(np.random.default_rng(0))
+    apples, oranges = (train.paint(scene, kind, 64).astype(int) for kind in ("apples", "oranges"))
+    fruit = (apples != oranges).any(-1)
+    assert 0.05 < fruit.mean() < 0.5
+    red, orange = apples[fruit].mean(0), oranges[fruit].mean(0)
+    assert red[0] > 2 * red[1] and 0.4 < orange[1] / orange[0] < 0.7
+
+
+def test_readme_commands_run_as_printed(place, tmp_path):
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+             for line in block.splitlines()]
+    assert "python translate.py" in lines and any(line.endswith("&& python train.py") for line in lines)
+    for name in ("train.py", "translate.py", "cyclegan.py", "test_cyclegan.py", "requirements.txt"):
+        shutil.copy(HERE / name, tmp_path)
+    for name in ("apples", "oranges"):
+        shutil.copytree(place / name, tmp_path / name)
+    shutil.copytree(place / "apples", tmp_path / "folder")
+    shutil.copy(place / "apples" / "more" / "apples 1.jpg", tmp_path / "photo.jpg")
+    for line in lines:
+        if line.endswith("python -m pytest"):
+            line += " --collect-only"  # these are the tests that are running
+        elif "test_cyclegan.py" in line:
+            line += " 1"  # round
+        elif "train.py" in line:
+            line += f" --max-steps {3 if '--resume' in line else 1}"
+        done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+    assert load_checkpoint(tmp_path / "runs/apples-oranges/latest.pt")[0].steps == 3
+    assert len(list((tmp_path / "translated").rglob("*.png"))) == 6
+
+
+# ---- The benchmark -------------------------------------------------------------------------------
+
+def benchmark(rounds=30):
+    """Times our step and the literal one in turns, at the size of the paper on a GPU, else a small one."""
+    cuda = torch.cuda.is_available()
+    device, config = ("cuda", Config()) if cuda else ("cpu", Config(image_size=64, load_size=72, width=32, blocks=6))
+    model = CycleGAN(config, device)
+    twin = Twin(config, model)
+    x, y = (noise(1, 3, config.image_size, config.image_size, seed=s, dtype=torch.float32).to(device) for s in (0, 1))
+    steps = {"literal": lambda: twin.step(x, y, model.draws(x)), "ours": lambda: model.step(x, y)}
+    taken = {name: [] for name in steps}
+    for _ in range(rounds + 3):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            taken[name].append(1000 * (time.perf_counter() - began))
+    print(f"{config.image_size} x {config.image_size}, width {config.width}, {config.blocks} blocks, batch 1, {device}")
+    for name, times in taken.items():
+        print(f"{name:8} {statistics.median(times[3:] or times):8.1f} ms/step")
+    ratios = sorted(a / b for a, b in zip(taken["literal"][3:], taken["ours"][3:]))
+    print(f"literal / ours: median {statistics.median(ratios):.2f}, "
+          f"half of the pairs within {ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}")
+
+
+if __name__ == "__main__":
+    benchmark(*map(int, sys.argv[1:]))

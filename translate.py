@@ -1,12 +1,11 @@
-"""Translates pictures with a trained CycleGAN; files and folders in, one PNG for each out.
+"""Translates pictures with a trained CycleGAN: for each, a PNG of the same size.
 
-    python translate.py                                   the newest run, on its own pictures
-    python translate.py photo.jpg folder/ --out there/    your own pictures, with the newest run
+    python translate.py                                    the newest run, on its own pictures
+    python translate.py photo.jpg folder/ --out there/     your pictures, with the newest run
     python translate.py photos/ --checkpoint horse2zebra/latest_net_G.pth     the authors' weights
 """
 
 import argparse
-import itertools
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,112 +15,102 @@ import numpy as np
 from cyclegan import (UserError, find_pictures, load_generator, pick_device, png, read_checkpoint,
                       read_picture, translate, write_file)
 
-PIXELS = 2**20  # that pass the network together
-READ_AHEAD = 16  # pictures
+PIXELS = 2**20  # at most, of the pictures that pass the network together
+READ_AHEAD = 16  # pictures in memory
 
-
-def parse(arguments=None):
+def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER",
-                        help="what to translate (default: the pictures that the run trained on)")
-    parser.add_argument("--checkpoint", type=Path, metavar="RUN_OR_FILE",
-                        help="a run's folder, one of its .pt files, or the authors' .pth file or folder "
-                             "of them (default: the newest run under runs/)")
-    parser.add_argument("--direction", default="AtoB", choices=("AtoB", "BtoA"),
-                        help="which way a checkpoint that knows both translates (default: AtoB)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="where the results go (default: translated-DIRECTION in the run's folder)")
-    parser.add_argument("--side-by-side", action="store_true",
-                        help="write the picture and its translation next to each other")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                        help="where to compute (default: cuda if there is one, else cpu)")
-    return parser.parse_args(arguments)
-
+    add = parser.add_argument
+    add("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER",
+        help="what to translate (default: the pictures that the run learned from)")
+    add("--checkpoint", type=Path, metavar="RUN_OR_FILE",
+        help="a run's folder or one of its .pt files; or the authors' .pth file, or a folder of "
+             "them (default: the newest run in runs/)")
+    add("--direction", default="AtoB", choices=("AtoB", "BtoA"),
+        help="which of its two ways a run translates (default: AtoB)")
+    add("--out", type=Path, metavar="FOLDER",
+        help="folder of the results (default: translated-AtoB or -BtoA in the run's folder)")
+    add("--side-by-side", action="store_true", help="put each picture next to its translation")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+        help="where to compute (default: cuda if there is one, else cpu)")
+    return parser.parse_args()
 
 def newest_run():
-    found = sorted(Path("runs").glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("there is no run under runs/; train one, or name a --checkpoint")
-    return found[-1].parent
+    runs = sorted(Path("runs").glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UserError("there is no run in runs/; train one, or name a --checkpoint")
+    return runs[-1].parent
 
-
-def trained_on(checkpoint, direction):
-    """The folder with the pictures of the domain that a run translates from."""
-    saved = read_checkpoint(checkpoint / "latest.pt" if checkpoint.is_dir() else checkpoint)
+def trained_on(checkpoint, run, direction):
+    """The folder of the pictures from which a run learned to translate in this direction."""
+    saved = read_checkpoint(checkpoint if checkpoint.is_file() else checkpoint / "latest.pt")
     if "place" not in saved:
-        raise UserError(f"{checkpoint} does not say what it was trained on; name pictures to translate")
-    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        raise UserError(f"{checkpoint} is of no run; name the pictures that it should translate")
     return run / saved["place"]["data"][direction == "BtoA"]
 
-
 def plan(inputs, out):
-    """[(source, target)]: folders keep their structure, names get the suffix .png, none stands twice.
+    """[(source, target)]: folders keep their structure, names end in .png, no target stands twice.
 
-    Raises UserError where an input is missing or a target is one of the sources.
+    Raises UserError if an input is missing or a target is one of the sources.
     """
     pairs, taken = [], set()
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
-        sources = [p for p in find_pictures(given) if out not in p.parents] if given.is_dir() else [given]
-        for source in sources:
-            name = source.relative_to(given) if given.is_dir() else Path(source.name)
-            if given.is_dir() and len(inputs) > 1:
-                name = given.resolve().name / name
-            numbers = itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
-            target = next(t for n in numbers if str(t := out / name.with_name(f"{name.stem}{n}.png")).lower()
-                          not in taken)
+        within = given.absolute() in out.absolute().parents  # then it holds earlier results, too
+        for source in find_pictures(given) if given.is_dir() else [given]:
+            if within and out.absolute() in source.absolute().parents:
+                continue
+            name = Path(source.name)
+            if given.is_dir():
+                root = given.resolve().name if len(inputs) > 1 else ""
+                name = Path(root, source.relative_to(given))
+            target, number = out / name.with_suffix(".png"), 2
+            while str(target).lower() in taken:  # a.jpg and a.png, or A.jpg where case is nothing
+                target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
             taken.add(str(target).lower())
             pairs.append((source, target))
-    files = {source.stat()[1:3] for source, _ in pairs}  # inode and device: whatever the spelling
+    sources = {(status.st_dev, status.st_ino) for status in (source.stat() for source, _ in pairs)}
     for _, target in pairs:
-        if target.exists() and target.stat()[1:3] in files:
+        if target.exists() and (target.stat().st_dev, target.stat().st_ino) in sources:
             raise UserError(f"{target} is one of the pictures to translate; choose another --out")
     return pairs
 
+def skip(reason):
+    print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
-def read(path):
+def translate_group(generator, group, side_by_side):
+    """Writes the translations of [(target, picture)], all of one size. Returns how many."""
+    targets, pictures = zip(*group)
     try:
-        return read_picture(path)
-    except UserError as error:
-        return error
-
-
-def write(target, source, result, side_by_side):
-    write_file(target, [png(np.concatenate([source, result], 1) if side_by_side else result)])
-    return target
-
+        results = translate(generator, np.stack(pictures))
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        skip(f"too large for the memory here: {', '.join(map(str, targets))}")
+        return 0
+    for target, picture, result in zip(targets, pictures, results):
+        write_file(target, [png(np.concatenate([picture, result], 1) if side_by_side else result)])
+        print(target, flush=True)
+    return len(group)
 
 def translate_all(generator, pairs, side_by_side):
-    """Translates each source into its target, those of one size together. Returns how many it could not."""
-    failed = 0
+    """Reads by threads, a few pictures at a time, and translates together what has one size."""
+    done = 0
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(pairs), READ_AHEAD):
             some, sizes = pairs[start:start + READ_AHEAD], {}
-            for (source, target), picture in zip(some, pool.map(read, [source for source, _ in some])):
-                if isinstance(picture, UserError):
-                    print(f"skipped: {picture}", file=sys.stderr, flush=True)
-                    failed += 1
-                else:
-                    sizes.setdefault(picture.shape, []).append((target, picture))
+            for picture, (_, target) in zip([pool.submit(read_picture, s) for s, _ in some], some):
+                try:
+                    sizes.setdefault(picture.result().shape, []).append((target, picture.result()))
+                except UserError as error:
+                    skip(error)
             for (height, width, _), group in sizes.items():
                 most = max(1, PIXELS // (height * width))
                 for i in range(0, len(group), most):
-                    targets, pictures = zip(*group[i:i + most])
-                    try:
-                        results = translate(generator, np.stack(pictures))
-                    except (MemoryError, RuntimeError) as error:
-                        if "memory" not in str(error):
-                            raise
-                        print(f"skipped: {width} x {height} pixels are too many for the memory here, for "
-                              + ", ".join(map(str, targets)), file=sys.stderr, flush=True)
-                        failed += len(targets)
-                        continue
-                    for target in pool.map(write, targets, pictures, results, [side_by_side] * len(targets)):
-                        print(target, flush=True)
-    return failed
-
+                    done += translate_group(generator, group[i:i + most], side_by_side)
+    return done
 
 def main():
     options = parse()
@@ -132,16 +121,15 @@ def main():
         run = checkpoint if checkpoint.is_dir() else checkpoint.parent
         home = run if (run / "latest.pt").is_file() else Path()
         out = options.out or home / f"translated-{options.direction}"
-        pairs = plan(options.pictures or [trained_on(checkpoint, options.direction)], out)
-        print(f"{options.direction} with {checkpoint} on {device}: {len(pairs)} pictures", flush=True)
-        failed = translate_all(generator, pairs, options.side_by_side)
-    except UserError as error:
+        pairs = plan(options.pictures or [trained_on(checkpoint, run, options.direction)], out)
+        print(f"{checkpoint} {options.direction} on {device}, {len(pairs)} pictures", flush=True)
+        done = translate_all(generator, pairs, options.side_by_side)
+    except (UserError, OSError) as error:
         return f"translate.py: {error}"
     except KeyboardInterrupt:
-        return "translate.py: stopped; what is listed above is done"
-    print(f"{len(pairs) - failed} translated into {out}, {failed} skipped")
-    return 1 if failed else 0
-
+        return "translate.py: stopped; the pictures listed above are done"
+    print(f"{done} translated into {out}, {len(pairs) - done} skipped")
+    return int(done < len(pairs))
 
 if __name__ == "__main__":
     sys.exit(main())
