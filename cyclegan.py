@@ -125,8 +125,8 @@ class LastConvolution(nn.Conv2d):
 class Generator(nn.Module):
     """c7s1-64, d128, d256, R256 times blocks, u128, u64, c7s1-3 (Sec. 7.2, where width is 64).
 
-    (N, 3, H, W) in [-1, 1] -> the same; H and W multiples of 4, at least 8. The state dict's keys
-    are the authors', less the biases that a norm would cancel.
+    (N, 3, H, W) in [-1, 1] -> the same; H and W are multiples of 4, at least 8. The state dict has
+    the authors' keys, less the biases that a norm would cancel.
     """
 
     def __init__(self, width=64, blocks=9):
@@ -272,7 +272,7 @@ class CycleGAN(nn.Module):
     def draws(self, images):
         """The random numbers of both buffers, (2, N, 2): a function of the seed and the step."""
         draws = np.random.default_rng([self.config.seed, 0, self.steps]).random((2, len(images), 2))
-        return torch.tensor(draws.tolist(), device=images.device)
+        return torch.tensor(draws.tolist()).to(images.device, non_blocking=True)
 
     def step(self, x, y):
         """One update of G and F and one of D_X and D_Y (Eq. 3 and 4). Waits for no device.
@@ -424,25 +424,28 @@ def read_picture(path, side=None):
         raise UserError(f"cannot read {path}: {error}") from error
 
 def to_tensor(pictures, device="cpu"):
-    """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1]; it travels as bytes."""
-    bytes_there = torch.from_numpy(pictures).to(device, non_blocking=True)
-    return bytes_there.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1]; bytes are what travels.
+
+    H and W grow, by reflection, to the next multiples of 4 that are at least 8.
+    """
+    below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
+    if below or right:
+        pictures = np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
+    pictures = torch.from_numpy(pictures)
+    if torch.device(device).type == "cuda":
+        pictures = pictures.pin_memory()  # from other memory the copy would wait for the device
+    return pictures.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 def to_pictures(images):
     """(N, 3, H, W) tensor in [-1, 1] -> (N, H, W, 3) uint8 array, rounded to the nearest."""
     levels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round()
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-def pad(pictures):
-    """(N, H, W, 3) -> H and W, by reflection, the next multiples of 4 that are at least 8."""
-    below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
-    return np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
-
 @torch.no_grad()
 def translate(generator, pictures):
     """(N, H, W, 3) uint8, of any size -> the same shape, through a generator."""
     device, (height, width) = next(generator.parameters()).device, pictures.shape[1:3]
-    return to_pictures(generator(to_tensor(pad(pictures), device)))[:, :height, :width]
+    return to_pictures(generator(to_tensor(pictures, device)))[:, :height, :width]
 
 def png(picture):
     """(H, W, 3) uint8 -> the bytes of a PNG file."""

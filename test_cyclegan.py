@@ -299,6 +299,16 @@ def test_step_refuses_x_and_y_of_different_shapes():
         CycleGAN(Config(**TINY)).step(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
 
 
+def test_update_computes_and_changes_nothing_of_the_other_networks():
+    model, x = CycleGAN(Config(**TINY)), noise(1, 3, 32, 32, dtype=torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    cyclegan.update(model.adam_G, model.D_Y(model.G(x)).square().mean() + model.D_X(model.F(x)).mean())
+    for network, moved in ((model.G, True), (model.F, True), (model.D_X, False), (model.D_Y, False)):
+        assert all((p.grad is not None) == moved for p in network.parameters())
+    changed = [not torch.equal(p, q) for p, q in zip(before, model.parameters())]
+    assert sum(changed) == len([*model.G.parameters(), *model.F.parameters()])
+
+
 def test_step_waits_for_no_device():
     # Under fake tensors whatever asks for a value (.item(), a Python branch, a mask) raises.
     model, x = CycleGAN(Config(**TINY)), noise(2, 3, 32, 32, dtype=torch.float32)
@@ -529,15 +539,14 @@ def test_translations_have_the_size_of_their_picture(height, width):
 
 # ---- The programs, run for real ------------------------------------------------------------------
 
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE",  # or processes that compete wait for each other
-               "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run(folder, *arguments):
+def run(folder, *arguments, **environment):
     """Runs one of the programs in a folder, -> (exit status, standard output, standard error)."""
     program, *rest = map(str, arguments)
-    done = subprocess.run([sys.executable, HERE / program, *rest], cwd=folder, env=ENVIRONMENT,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, HERE / program, *rest], cwd=folder, capture_output=True,
+                          env={**ENVIRONMENT, **environment}, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 
@@ -605,6 +614,15 @@ def test_batches_follow_the_authors_sampling():
     assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
 
 
+def test_the_decaying_rate_reaches_adam(place):
+    # One epoch of two of decay has half of the rate.
+    for out, schedule in (("decayed", "--lr 4e-4 --epochs 0 --decay-epochs 1"),
+                          ("constant", "--lr 2e-4 --epochs 1 --decay-epochs 0")):
+        ok(place, "train.py", "--dataA", "apples", "--dataB", "oranges", *FLAGS, "--out", out, *schedule.split())
+    one, two = (load_checkpoint(place / out / "latest.pt")[0] for out in ("decayed", "constant"))
+    assert all(torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
+
+
 def test_small_domains_are_drawn_from_for_the_whole_epoch(place):
     out = ok(place, "train.py", "--dataA", "oranges", "--dataB", "apples", *FLAGS, "--epochs", 1,
              "--decay-epochs", 0)
@@ -627,6 +645,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     assert process.wait(60) == 128 + number and "python train.py --resume stopped" in rest
     steps = load_checkpoint(tmp_path / "stopped" / "latest.pt")[0].steps
     assert f"stopped after step {steps};" in rest
+    with open(tmp_path / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
+        log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n{steps + 2},3,0.0")
     ok(tmp_path, "train.py", "--resume", "stopped", "--max-steps", steps + 7)
     ok(tmp_path, *data, "--max-steps", steps + 7, "--out", "whole")
     one, two = (load_checkpoint(tmp_path / name / "latest.pt") for name in ("stopped", "whole"))
@@ -713,8 +733,9 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="module")
 def mistakes(bad):
     before = sorted(str(p) for p in bad.rglob("*"))
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(MISTAKES, pool.map(lambda case: run(bad, *case[0]), MISTAKES.values())))
+    with ThreadPoolExecutor(2) as pool:  # PASSIVE, or processes side by side spin instead of working
+        results = dict(zip(MISTAKES, pool.map(
+            lambda case: run(bad, *case[0], OMP_WAIT_POLICY="PASSIVE"), MISTAKES.values())))
     left = {Path(p).relative_to(bad).parts[0] for p in {str(p) for p in bad.rglob("*")} - set(before)}
     return results, left
 
@@ -779,10 +800,10 @@ def test_readme_commands_run_as_printed(place, tmp_path):
         elif "test_cyclegan.py" in line:
             line += " 1"  # round
         elif "train.py" in line:
-            line += f" --max-steps {3 if '--resume' in line else 1}"
+            line += f" --max-steps {2 if '--resume' in line else 1}"
         done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
-    assert load_checkpoint(tmp_path / "runs/apples-oranges/latest.pt")[0].steps == 3
+    assert load_checkpoint(tmp_path / "runs/apples-oranges/latest.pt")[0].steps == 2
     assert len(list((tmp_path / "translated").rglob("*.png"))) == 6
 
 

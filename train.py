@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from cyclegan import (Config, CycleGAN, UserError, find_pictures, learning_rate, load_checkpoint,
-                      pad, pick_device, png, read_picture, save_checkpoint, to_pictures, to_tensor,
+                      pick_device, png, read_picture, save_checkpoint, to_pictures, to_tensor,
                       translate, write_file)
 
 TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or --precision fp32"
@@ -249,7 +249,7 @@ def resume(run, given, device):
         value = value.resolve() if isinstance(value, Path) else value
         if name in ("epochs", "decay_epochs") and value > was[name]:
             model.config = replace(model.config, **{name: value})
-        elif name in was and value != was[name]:
+        elif name in was and value not in (was[name], "auto"):
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts the run in {run}, "
                             f"which has {was[name]}; leave it out, or start a new run")
     say(f"run {run} from step {model.steps} on, on {device} in {model.precision}")
@@ -286,7 +286,7 @@ def sample_grid(model, A, B):
         row = []
         for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
             with torch.no_grad():
-                source = to_tensor(pad(pictures[[k * len(pictures) // 4]]), device)
+                source = to_tensor(pictures[[k * len(pictures) // 4]], device)
                 row += [*to_pictures(torch.cat([source, there(source), back(there(source))]))]
         side = pictures.shape[1]
         rows.append(np.concatenate([np.pad(picture[:side, :side], ((2, 2), (2, 2), (0, 0)),
@@ -334,9 +334,10 @@ def train(run, model, place, options):
                 left = (now - began) / (model.steps - first_step) * (last - model.steps)
                 memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
                 say(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} | "
-                    f"{1000 * pace:.0f} ms/step {2 * config.batch_size / pace:.1f} pictures/s "
-                    f"{waited / (now - shown):.0%} waiting | {timedelta(seconds=round(left))} left | "
                     + " ".join(f"{name} {mean:.2f}" for name, mean in zip(LOSSES, means))
+                    + f" | {timedelta(seconds=round(left))} left | {1000 * pace:.0f} ms/step "
+                    f"{2 * config.batch_size / pace:.1f} pictures/s "
+                    f"{waited / (now - shown):.0%} waiting"
                     + (f" | peak {memory:.1f} GiB" if memory else ""),
                     passing=not (ended or stopped))
                 shown, shown_step, waited = now, model.steps, 0.0
@@ -374,7 +375,7 @@ def main():
     except (UserError, OSError) as error:
         return f"train.py: {error}"
     except KeyboardInterrupt:
-        return "train.py: stopped before the first step"
+        return "train.py: stopped before the first step; --resume takes the run up"
 
 if __name__ == "__main__":
     sys.exit(main())
