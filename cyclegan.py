@@ -36,9 +36,9 @@ class Config:
     image_size: int = _setting(256, "side of the square crops to train on, in pixels (Sec. 7.1)")
     load_size: int = _setting(286, "side that pictures are resized to first, in pixels (Sec. 7.1)")
     blocks: int = _setting(9, "residual blocks of a generator (Sec. 7.2)")
-    width: int = _setting(64, "channels behind the first layer of each network (Sec. 7.2)")
-    objective: str = _setting("lsgan", "lsgan, least squares (Sec. 4), or log, as in Eq. 1")
-    lambda_gan: float = _setting(1.0, "weight of the adversarial losses (Eq. 3)")
+    width: int = _setting(64, "channels after the first layer of each network (Sec. 7.2)")
+    objective: str = _setting("lsgan", "lsgan: least squares (Sec. 4); log: log likelihood (Eq. 1)")
+    lambda_gan: float = _setting(1.0, "weight of the adversarial losses (1 in Eq. 3)")
     lambda_forward: float = _setting(10.0, "weight of the forward cycle, x to F(G(x)) (Eq. 2, 3)")
     lambda_backward: float = _setting(10.0, "weight of the backward cycle, y to G(F(y)) (Eq. 2, 3)")
     lambda_identity: float = _setting(0.5, "weight of identity, times the cycle's (Sec. 5.2)")
@@ -55,7 +55,7 @@ class Config:
             if not possible:
                 raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}")
 
-        least = {"image_size": 24, "width": 1, "batch_size": 1}  # of fewer pixels D says nothing
+        least = {"image_size": 24, "width": 1, "batch_size": 1}  # 24 pixels give D a 1 x 1 map
         for f in fields(self):
             value, low = getattr(self, f.name), least.get(f.name, 0)
             if f.type is not str:
@@ -66,6 +66,7 @@ class Config:
         check("objective", self.objective in ("lsgan", "log"), "lsgan or log")
         check("lr", self.lr > 0, "above 0")
         check("beta1", self.beta1 < 1, "below 1")
+        check("seed", self.seed < 2**63, "below 2^63")
         check("epochs", self.epochs + self.decay_epochs > 0, "above 0 if decay_epochs is 0")
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def u(channels, k):
             instance_norm(k), nn.ReLU(True)]
 
 class R(nn.Module):
-    """Residual block: two 3x3 convolutions with k filters. No ReLU behind the sum."""
+    """Residual block: two 3x3 convolutions with k filters. No ReLU after the sum."""
 
     def __init__(self, k):
         super().__init__()
@@ -107,14 +108,14 @@ def C(channels, k, stride=2, norm=True):
 
 def initialise(network, random=None):
     """Draws weights from N(0, 0.02), sets biases to 0 (Sec. 7.1)."""
-    for parameter in network.parameters():  # biases have one dimension
-        nn.init.normal_(parameter, 0, 0.02 * (parameter.dim() > 1), random)
+    for name, parameter in network.named_parameters():
+        nn.init.normal_(parameter, 0, 0.0 if name.endswith("bias") else 0.02, random)
 
 class LastConvolution(nn.Conv2d):
-    """7x7 convolution with 3 filters and stride 1, on rows whose length is a multiple of 4.
+    """7x7 convolution with 3 filters and stride 1, giving rows whose length is a multiple of 4.
 
-    3 filters leave most of a processor's lanes empty. So four copies, each shifted by one column,
-    take four columns at a time: the same sums, as 12 filters with stride 4.
+    3 filters leave most of a CPU's vector lanes empty. So four copies, each shifted by one column,
+    take four columns at a time: the same sums as 12 filters with stride 4, in half of the time.
     """
 
     def forward(self, h):
@@ -168,10 +169,12 @@ class Discriminator(nn.Module):
 # ---- Losses (Sec. 3 to 5.2) ----------------------------------------------------------------------
 
 def adversarial_loss(scores, real, objective):
-    """An expectation of Eq. 1 over scores that should say `real` (True or False), to be minimised.
+    """An expectation of Eq. 1 as a loss: how far scores are from saying `real`, True or False.
 
-    "log": -log D where real, -log(1 - D) where not, with D = sigmoid(scores). "lsgan" (Sec. 4):
-    (D - 1)^2 and D^2, with D = scores. The mean over pictures and patches comes last; 0-d.
+    "log": -log D for real, -log(1 - D) for not, where D = sigmoid(scores); "lsgan" (Sec. 4):
+    (D - 1)^2 and D^2, where D = scores. The mean over pictures and patches comes last. -> 0-d
+
+    G minimises it with real=True: -log D(G(x)) in place of log(1 - D(G(x))), as everyone trains it.
     """
     if objective == "log":  # -log sigmoid(s) = softplus(-s), which never overflows
         return nn.functional.softplus(-scores if real else scores).mean()
@@ -182,18 +185,19 @@ def L1(a, b):
     return (a - b).abs().mean()
 
 def generate(G, x, y, identity):
-    """G(x) and G(y) from one call: exact, as InstanceNorm is per picture. Without identity just y."""
+    """G(x) and G(y), by one call, as InstanceNorm is per picture; without identity G(x) and y."""
     return G(torch.cat([x, y])).chunk(2) if identity else (G(x), y)
 
 def discriminator_loss(D, real, fake, objective):
-    """D's part of Eq. 1, from one call, halved "to slow down" D (Sec. 7.1). -> 0-d tensor."""
-    real, fake = D(torch.cat([real, fake])).chunk(2)
-    return (adversarial_loss(real, True, objective) + adversarial_loss(fake, False, objective)) / 2
+    """D's part of Eq. 1, by one call, halved to slow D down (Sec. 7.1). -> 0-d tensor."""
+    on_real, on_fake = D(torch.cat([real, fake])).chunk(2)
+    return (adversarial_loss(on_real, True, objective)
+            + adversarial_loss(on_fake, False, objective)) / 2
 
 # ---- The buffer of generated images (Sec. 4) -----------------------------------------------------
 
 class ImageBuffer(nn.Module):
-    """Of one domain, `size` generated images, from which its discriminator learns (authors' code).
+    """The last `size` generated images of one domain, for its discriminator (authors' code).
 
     While it fills, an image is stored and returned. From then on it is returned with probability
     1/2; else a stored one, drawn at random, is returned, and leaves its place to the new one.
@@ -223,7 +227,7 @@ class ImageBuffer(nn.Module):
             store = filling | (draw[1:] < 0.5)
             stored = self.images.index_select(0, place)
             returned.append(torch.where(store & ~filling, stored, image))
-            self.images.index_copy_(0, place, torch.where(store, image, stored))
+            self.images[place] = torch.where(store, image, stored)
             self.count += filling
         return torch.cat(returned)
 
@@ -240,7 +244,7 @@ def learning_rate(config, epoch):
     return config.lr * max(0.0, 1 - late)
 
 def update(adam, loss):
-    """One step of Adam, from gradients of its own parameters alone: D costs G's update no extra."""
+    """One step of Adam; gradients are computed of its own parameters and of no others."""
     adam.zero_grad()
     loss.backward(inputs=adam.param_groups[0]["params"])
     adam.step()
@@ -271,8 +275,9 @@ class CycleGAN(nn.Module):
 
     def draws(self, images):
         """The random numbers of both buffers, (2, N, 2): a function of the seed and the step."""
-        draws = np.random.default_rng([self.config.seed, 0, self.steps]).random((2, len(images), 2))
-        return torch.tensor(draws.tolist()).to(images.device, non_blocking=True)
+        random = np.random.default_rng([self.config.seed, 0, self.steps])
+        draws = random.random((2, len(images), 2), np.float32)  # rounded from 64 bits it could be 1
+        return send(torch.from_numpy(draws), images.device)
 
     def step(self, x, y):
         """One update of G and F and one of D_X and D_Y (Eq. 3 and 4). Waits for no device.
@@ -335,10 +340,10 @@ def read_checkpoint(path):
     """The dict in a checkpoint: tensors and plain values; no code in it runs. Raises UserError."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise UserError("wrong checksum")  # torch.load looks at none
+            raise zipfile.BadZipFile  # a wrong checksum: torch.load looks at none
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file makes the readers raise anything at all
         raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
 
@@ -353,7 +358,8 @@ def load_checkpoint(path, device="cpu"):
             adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
         return model, saved["place"]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no checkpoint of a run ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no checkpoint of a run ({reason})") from error
 
 def load_generator(path, direction="AtoB", device="cpu"):
     """G ("AtoB") or F ("BtoA") from a run's folder or checkpoint, in eval mode.
@@ -372,16 +378,17 @@ def load_generator(path, direction="AtoB", device="cpu"):
         for key, value in saved.get("model", saved).items():
             if "model" not in saved or key.startswith(ours):
                 key = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix(ours)
-                weights[key.replace("conv_block.6.", "conv_block.5.")] = value  # 6 behind a dropout
+                weights[key.replace("conv_block.6.", "conv_block.5.")] = value  # 6: after a dropout
         blocks = sum(key.endswith("conv_block.1.weight") for key in weights)
         generator = Generator(len(weights["model.1.weight"]), blocks)
         wanted = generator.state_dict()
         for key in weights.keys() - wanted.keys():  # statistics and biases without effect may go
             if not key.endswith((".bias", ".running_mean", ".running_var", ".num_batches_tracked")):
-                raise UserError(f"it has {key}, as antialiased and U-Net generators may")
+                raise UserError(f"it has {key}, as antialiased, U-Net or BatchNorm ones may")
         generator.load_state_dict({key: weights[key] for key in wanted})
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({reason})") from error
     return generator.to(device).eval()
 
 # ---- Pictures ------------------------------------------------------------------------------------
@@ -393,9 +400,8 @@ def find_pictures(folder):
     """Files under a folder that are pictures by suffix, sorted, none hidden. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
-    found = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES.split()
-                   and "/." not in f"/{path.relative_to(folder).as_posix()}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES.split()
+                   and "/." not in f"/{path.relative_to(folder).as_posix()}" and not path.is_dir())
     if not paths:
         raise UserError(f"the folder {folder} holds no picture ({SUFFIXES})")
     return paths
@@ -423,6 +429,11 @@ def read_picture(path, side=None):
     except Exception as error:  # a damaged file makes the decoders raise anything at all
         raise UserError(f"cannot read {path}: {error}") from error
 
+def send(tensor, device):
+    """A CPU tensor on a device; to CUDA it goes from pinned memory, so that nothing waits."""
+    cuda = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
+
 def to_tensor(pictures, device="cpu"):
     """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1]; bytes are what travels.
 
@@ -431,10 +442,7 @@ def to_tensor(pictures, device="cpu"):
     below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
     if below or right:
         pictures = np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
-    pictures = torch.from_numpy(pictures)
-    if torch.device(device).type == "cuda":
-        pictures = pictures.pin_memory()  # from other memory the copy would wait for the device
-    return pictures.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return send(torch.from_numpy(pictures), device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 def to_pictures(images):
     """(N, 3, H, W) tensor in [-1, 1] -> (N, H, W, 3) uint8 array, rounded to the nearest."""
@@ -454,7 +462,7 @@ def png(picture):
     return file.getvalue()
 
 def pick_device(name):
-    """"auto" (CUDA if there is any), "cpu", "cuda" or "mps" -> torch.device. Raises UserError."""
+    """The torch.device of "auto" (CUDA if there is any), "cpu", "cuda" or "mps". Or UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()

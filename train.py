@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cyclegan import (Config, CycleGAN, UserError, find_pictures, learning_rate, load_checkpoint,
                       pick_device, png, read_picture, save_checkpoint, to_pictures, to_tensor,
@@ -51,7 +50,7 @@ def parse():
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="where to compute (default: cuda if there is one, else cpu)")
     add("--precision", choices=("auto", "fp32", "bf16"),
-        help="arithmetic of the networks (default: bf16 on a GPU that has it, else fp32)")
+        help="arithmetic of the networks (default: bf16 on a CUDA GPU that has it, else fp32)")
     add("--max-steps", type=positive, default=math.inf, metavar="N", help="stop after step N")
     add("--save-every", type=positive, default=50, metavar="N",
         help="keep the checkpoint of every Nth epoch as epoch_0050.pt and so on (default: 50)")
@@ -76,7 +75,7 @@ def say(line, passing=False):
 
 def decoded(paths, side, name):
     """Yields each picture as bytes, in the order of the paths; says which cannot be read."""
-    shown = time.monotonic()
+    shown, skipped = time.perf_counter(), 0
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 64):  # a bounded number in memory, however many there are
             some = paths[start:start + 64]
@@ -84,30 +83,39 @@ def decoded(paths, side, name):
                 try:
                     yield picture.result().tobytes()
                 except UserError as error:
+                    skipped += 1
                     say(f"skipped: {error}")
-            if TERMINAL or time.monotonic() - shown > 10:
-                shown = time.monotonic()
+            if TERMINAL or time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
                 say(f"{name}: {start + len(some)} of {len(paths)} pictures read", passing=True)
+    if skipped:
+        say(f"{name}: {skipped} of {len(paths)} pictures skipped")
 
 def cached(folder, side, cache, name):
     """The readable pictures under a folder as a (n, side, side, 3) uint8 array mapped from a file.
 
-    The file is written by the first call, and again once a picture was added, removed or changed.
+    The first call writes it; so does one after a picture was added, removed or changed. If the
+    folder has gone, it is used as it is.
     """
-    paths, stamp = find_pictures(folder), hashlib.sha256(str(side).encode())
-    for path in paths:
-        status = path.stat()
-        stamp.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode(
-            errors="surrogateescape"))
-    data, index = cache / f"{name}.bytes", cache / f"{name}.sha256"
-    if not (data.is_file() and index.is_file() and index.read_text() == stamp.hexdigest()):
-        index.unlink(missing_ok=True)
-        write_file(data, decoded(paths, side, name))
-        write_file(index, [stamp.hexdigest().encode()])
+    earlier = list(cache.glob(f"{name}-*.bytes"))
+    if earlier and not folder.is_dir():
+        say(f"{name}: {folder} has gone; going on with its pictures as they were, from {cache}")
+        data = earlier[0]
+    else:
+        paths, stamp = find_pictures(folder), hashlib.sha256()
+        for path in paths:
+            status = path.stat() if path.exists() else path.lstat()  # links may lead nowhere
+            line = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
+            stamp.update(line.encode(errors="surrogateescape"))
+        data = cache / f"{name}-{stamp.hexdigest()[:16]}.bytes"
+        if data not in earlier:
+            write_file(data, decoded(paths, side, name))
+            for path in earlier:
+                path.unlink()
     count = data.stat().st_size // (side * side * 3)
     if count == 0:
-        raise UserError(f"none of the {len(paths)} pictures in {folder} can be read")
-    say(f"{name}: {count} pictures from {folder}, {len(paths) - count} skipped")
+        raise UserError(f"no picture in {folder} can be read")
+    say(f"{name}: {count} pictures from {folder}")
     return np.memmap(data, np.uint8, "r", shape=(count, side, side, 3))
 
 @functools.lru_cache(2)
@@ -179,16 +187,13 @@ def paint(scene, kind, side):
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
 def draw_demo(run, folders, side):
-    """Fills the two folders, unless they are there: other scenes as apples than as oranges."""
+    """Fills the two folders with what they lack: other scenes as apples than as oranges."""
     for domain, folder in enumerate(run / name for name in folders):
-        if not folder.is_dir():
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            for i in range(DEMO_SCENES):
+        for i in range(DEMO_SCENES):
+            path = folder / f"{i:03}.png"
+            if not path.exists():
                 scene = draw_scene(np.random.default_rng([domain, i]))
-                Image.fromarray(paint(scene, folder.name, side)).save(part / f"{i:03}.png")
-            part.rename(folder)
+                write_file(path, [png(paint(scene, folder.name, side))])
 
 def judge_demo(model, side):
     """Says how near translations of held-out scenes come to the truth, known as it was painted."""
@@ -210,10 +215,16 @@ def new_folder(out, name):
     """Makes the folder of a new run, `out` or the next free name in runs/, and returns it."""
     if out and out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty; name a new folder or go on with --resume {out}")
-    names = (f"{name}{n}" for n in itertools.chain([""], (f"-{k}" for k in itertools.count(2))))
+    names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
     folder = out or next(Path("runs", name) for name in names if not Path("runs", name).exists())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=out is not None)
     return folder
+
+def readable(path):
+    try:
+        return len(read_picture(path, 1))
+    except UserError:
+        return 0
 
 def begin(given, device):
     """A new run as the command line wants it: its folder, its model, its place at the start."""
@@ -228,12 +239,14 @@ def begin(given, device):
     named = {f.name: given[f.name] for f in fields(Config) if f.name in given}
     config = Config(**{**automatic, **named})
     for folder in folders:  # refused now, before anything is written
-        find_pictures(folder)
+        if not any(map(readable, find_pictures(folder))):
+            raise UserError(f"no picture in {folder} can be read")
     precision = given.get("precision", "auto")
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
     model = CycleGAN(config, device, precision)
+    run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
     place = {"epoch": 0, "step": 0, "demo": not folders,
              "data": list(map(str, folders)) or ["pictures/apples", "pictures/oranges"]}
     save_checkpoint(run / "latest.pt", model, place)  # from now on it can be resumed
@@ -244,7 +257,7 @@ def resume(run, given, device):
     """The run in a folder as it was left. Refuses flags that contradict it."""
     model, place = load_checkpoint(run / "latest.pt", device)
     was = {**asdict(model.config), "precision": model.precision, "out": run.resolve(),
-           **dict(zip(("dataA", "dataB"), (run / folder for folder in place["data"])))}
+           **{"data" + name: (run / data).resolve() for name, data in zip("AB", place["data"])}}
     for name, value in given.items():
         value = value.resolve() if isinstance(value, Path) else value
         if name in ("epochs", "decay_epochs") and value > was[name]:
@@ -259,8 +272,8 @@ def open_log(path, steps):
     """losses.csv, open for appending, with the lines of the steps that are in the checkpoint."""
     head, lines = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n", []
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines(keepends=True)[1:]
-                 if line.endswith("\n") and int(line.split(",")[0]) <= steps]
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
+                 if line.endswith("\n") and line[0].isdigit() and int(line.split(",")[0]) <= steps]
     write_file(path, [line.encode() for line in (head, *lines)])
     return open(path, "a")
 
@@ -270,11 +283,11 @@ def record(pending, log):
     Returns their means. Raises UserError at the first that is not finite.
     """
     table = torch.stack([torch.stack([losses[name] for name in LOSSES]) for *_, losses in pending])
-    for (*place, _), values in zip(pending, table.tolist()):
-        log.write(",".join(f"{value:.7g}" for value in (*place, *values)) + "\n")
+    for (step, epoch, rate, _), values in zip(pending, table.tolist()):
+        log.write(f"{step},{epoch}," + ",".join(f"{value:.7g}" for value in (rate, *values)) + "\n")
         for name, value in zip(LOSSES, values):
             if not math.isfinite(value):
-                raise UserError(f"the loss {name} is {value} at step {place[0]}; {TOO_FAR}")
+                raise UserError(f"the loss {name} is {value} at step {step}; {TOO_FAR}")
     log.flush()
     pending.clear()
     return table.mean(0).tolist()
@@ -287,7 +300,8 @@ def sample_grid(model, A, B):
         for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
             with torch.no_grad():
                 source = to_tensor(pictures[[k * len(pictures) // 4]], device)
-                row += [*to_pictures(torch.cat([source, there(source), back(there(source))]))]
+                fake = there(source)
+                row += [*to_pictures(torch.cat([source, fake, back(fake)]))]
         side = pictures.shape[1]
         rows.append(np.concatenate([np.pad(picture[:side, :side], ((2, 2), (2, 2), (0, 0)),
                                            constant_values=255) for picture in row], 1))
@@ -298,13 +312,8 @@ def train(run, model, place, options):
     config, device = model.config, next(model.parameters()).device
     if place["demo"]:
         draw_demo(run, place["data"], config.load_size)
-    try:
-        A, B = (cached(run / folder, config.load_size, run / "cache", name)
-                for folder, name in zip(place["data"], "AB"))
-    except UserError:
-        if model.steps == 0:
-            shutil.rmtree(run)  # a run that never began leaves nothing behind
-        raise
+    A, B = (cached(run / folder, config.load_size, run / "cache", name)
+            for folder, name in zip(place["data"], "AB"))
     steps = math.ceil(max(len(A), len(B)) / config.batch_size)
     epochs = config.epochs + config.decay_epochs
     last = min(options.max_steps, model.steps + (epochs - place["epoch"]) * steps - place["step"])
@@ -316,20 +325,20 @@ def train(run, model, place, options):
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
 
     pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
-    began = shown = saved = idle = time.monotonic()
+    began = shown = saved = idle = time.perf_counter()
     with open_log(run / "losses.csv", model.steps) as log:
         for epoch, step, x, y in batches(config, A, B, steps, place["epoch"], place["step"]):
             x, y = to_tensor(x, device), to_tensor(y, device)
-            waited += time.monotonic() - idle
+            waited += time.perf_counter() - idle
             rate = learning_rate(config, epoch)
             model.set_learning_rate(rate)
             losses = model.step(x, y)
             pending.append((model.steps, epoch + 1, rate, losses))
             ended, stopped = step + 1 == steps, bool(signals) or model.steps >= last
-            now = time.monotonic()
+            now = time.perf_counter()
             save = ended or stopped or now - saved > 60 * options.save_minutes
             if save or model.steps == first_step + 1 or now - shown > (1 if TERMINAL else 10):
-                means, now = record(pending, log), time.monotonic()
+                means, now = record(pending, log), time.perf_counter()
                 pace = (now - shown) / (model.steps - shown_step)
                 left = (now - began) / (model.steps - first_step) * (last - model.steps)
                 memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
@@ -352,10 +361,10 @@ def train(run, model, place, options):
                 save_checkpoint(run / "latest.pt", model, place)
                 if ended and (epoch + 1) % options.save_every == 0:
                     save_checkpoint(run / f"epoch_{epoch + 1:04}.pt", model, place)
-                saved = time.monotonic()
+                saved = time.perf_counter()
             if stopped:
                 break
-            idle = time.monotonic()
+            idle = time.perf_counter()
     if place["demo"] and not signals:
         judge_demo(model, config.load_size)
     finished = place["epoch"] == epochs
@@ -365,17 +374,23 @@ def train(run, model, place, options):
     return 128 + signals[0] if signals else 0
 
 def main():
-    options = parse()
+    sys.stdout.reconfigure(errors="replace")  # file names may hold what the screen cannot show
+    options, reason = parse(), None
     try:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("several processes cannot train together yet; start it without torchrun")
         given, device = vars(options), pick_device(options.device)
         run = resume(options.resume, given, device) if "resume" in given else begin(given, device)
         return train(*run, options)
-    except torch.OutOfMemoryError:
-        return "train.py: out of GPU memory; lower --image-size, --batch-size, --width or --blocks"
     except (UserError, OSError) as error:
-        return f"train.py: {error}"
+        reason = error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
     except KeyboardInterrupt:
-        return "train.py: stopped before the first step; --resume takes the run up"
+        reason = "stopped before the first step"
+    return f"{chr(10) if TERMINAL else ''}train.py: {reason}"
 
 if __name__ == "__main__":
     sys.exit(main())

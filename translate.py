@@ -44,7 +44,8 @@ def newest_run():
 
 def trained_on(checkpoint, run, direction):
     """The folder of the pictures from which a run learned to translate in this direction."""
-    saved = read_checkpoint(checkpoint if checkpoint.is_file() else checkpoint / "latest.pt")
+    path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
+    saved = read_checkpoint(path) if path.is_file() else {}
     if "place" not in saved:
         raise UserError(f"{checkpoint} is of no run; name the pictures that it should translate")
     return run / saved["place"]["data"][direction == "BtoA"]
@@ -58,9 +59,9 @@ def plan(inputs, out):
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
-        within = given.absolute() in out.absolute().parents  # then it holds earlier results, too
+        within = given.resolve() in out.resolve().parents  # then it holds earlier results, too
         for source in find_pictures(given) if given.is_dir() else [given]:
-            if within and out.absolute() in source.absolute().parents:
+            if within and out.resolve() in source.resolve().parents:
                 continue
             name = Path(source.name)
             if given.is_dir():
@@ -71,9 +72,9 @@ def plan(inputs, out):
                 target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
             taken.add(str(target).lower())
             pairs.append((source, target))
-    sources = {(status.st_dev, status.st_ino) for status in (source.stat() for source, _ in pairs)}
+    sources = {source.resolve() for source, _ in pairs}
     for _, target in pairs:
-        if target.exists() and (target.stat().st_dev, target.stat().st_ino) in sources:
+        if target.resolve() in sources:
             raise UserError(f"{target} is one of the pictures to translate; choose another --out")
     return pairs
 
@@ -86,7 +87,7 @@ def translate_group(generator, group, side_by_side):
     try:
         results = translate(generator, np.stack(pictures))
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         skip(f"too large for the memory here: {', '.join(map(str, targets))}")
         return 0
@@ -113,6 +114,7 @@ def translate_all(generator, pairs, side_by_side):
     return done
 
 def main():
+    sys.stdout.reconfigure(errors="replace")  # file names may hold what the screen cannot show
     options = parse()
     try:
         device = pick_device(options.device)
