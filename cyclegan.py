@@ -115,7 +115,7 @@ class LastConvolution(nn.Conv2d):
     """7x7 convolution with 3 filters and stride 1, giving rows whose length is a multiple of 4.
 
     3 filters leave most of a CPU's vector lanes empty. So four copies, each shifted by one column,
-    take four columns at a time: the same sums as 12 filters with stride 4, in half of the time.
+    take four columns at a time: the same sums as 12 filters with stride 4, in 0.57 of the time.
     """
 
     def forward(self, h):
@@ -188,9 +188,9 @@ def generate(G, x, y, identity):
     """G(x) and G(y), by one call, as InstanceNorm is per picture; without identity G(x) and y."""
     return G(torch.cat([x, y])).chunk(2) if identity else (G(x), y)
 
-def discriminator_loss(D, real, fake, objective):
-    """D's part of Eq. 1, by one call, halved to slow D down (Sec. 7.1). -> 0-d tensor."""
-    on_real, on_fake = D(torch.cat([real, fake])).chunk(2)
+def discriminator_loss(D, real, fake, buffer, draws, objective):
+    """D's part of Eq. 1, halved to slow D down (Sec. 7.1), on what the buffer gives for `fake`."""
+    on_real, on_fake = D(torch.cat([real, buffer.exchange(fake.detach(), draws)])).chunk(2)
     return (adversarial_loss(on_real, True, objective)
             + adversarial_loss(on_fake, False, objective)) / 2
 
@@ -297,10 +297,8 @@ class CycleGAN(nn.Module):
             cycle = c.lambda_forward * L1(F(fake_y), x) + c.lambda_backward * L1(G(fake_x), y)
             identity = c.lambda_identity * (c.lambda_backward * L1(same_y, y)
                                             + c.lambda_forward * L1(same_x, x))
-            old_x = self.buffer_X.exchange(fake_x.detach(), draws_X)
-            old_y = self.buffer_Y.exchange(fake_y.detach(), draws_Y)
-            loss_X = discriminator_loss(D_X, x, old_x, c.objective)
-            loss_Y = discriminator_loss(D_Y, y, old_y, c.objective)
+            loss_X = discriminator_loss(D_X, x, fake_x, self.buffer_X, draws_X, c.objective)
+            loss_Y = discriminator_loss(D_Y, y, fake_y, self.buffer_Y, draws_Y, c.objective)
         update(self.adam_G, gan + cycle + identity)
         update(self.adam_D, loss_X + loss_Y)
         self.steps += 1
