@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 
 class UserError(ValueError):
@@ -312,7 +312,7 @@ def write_file(path, chunks):
 
     Raises UserError, and leaves what was there, if that fails (a full disk, no permission).
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name[-40:] + ".part")  # names have a longest length
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -392,14 +392,20 @@ def load_generator(path, direction="AtoB", device="cpu"):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+SOFTWARE = "cyclegan.py"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
 
 def find_pictures(folder):
-    """Files under a folder that are pictures by suffix, sorted, none hidden. Raises UserError."""
+    """Files under a folder that are pictures by suffix, sorted. Raises UserError if there is none.
+
+    Hidden ones and what lies in the folder of a run are left out.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
+    runs = {path.parent for path in folder.rglob("latest.pt")}
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES.split()
-                   and "/." not in f"/{path.relative_to(folder).as_posix()}" and not path.is_dir())
+                   and "/." not in f"/{path.relative_to(folder).as_posix()}"
+                   and runs.isdisjoint(path.parents) and (path.is_file() or path.is_symlink()))
     if not paths:
         raise UserError(f"the folder {folder} holds no picture ({SUFFIXES})")
     return paths
@@ -411,6 +417,8 @@ def read_picture(path, side=None):
     Raises UserError naming the file.
     """
     try:
+        if not os.path.isfile(path):  # a pipe would never end
+            raise UserError("it is no file")
         with Image.open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise UserError(f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels")
@@ -454,9 +462,10 @@ def translate(generator, pictures):
     return to_pictures(generator(to_tensor(pictures, device)))[:, :height, :width]
 
 def png(picture):
-    """(H, W, 3) uint8 -> the bytes of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    """(H, W, 3) uint8 -> the bytes of a PNG file, marked as SOFTWARE's."""
+    file, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_text("Software", SOFTWARE)
+    Image.fromarray(picture).save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 def pick_device(name):

@@ -649,13 +649,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     steps = load_checkpoint(tmp_path / "stopped" / "latest.pt")[0].steps
     assert f"stopped after step {steps};" in rest
     with open(tmp_path / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
-        log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n{steps + 2},3,0.0")
+        log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
     ok(tmp_path, "train.py", "--resume", "stopped", "--max-steps", steps + 7)
     ok(tmp_path, *data, "--max-steps", steps + 7, "--out", "whole")
     one, two = (load_checkpoint(tmp_path / name / "latest.pt") for name in ("stopped", "whole"))
     assert all(torch.equal(a, b) for a, b in zip(state_of(one[0]), state_of(two[0]), strict=True))
     assert one[1] == two[1] and one[0].steps == steps + 7
     assert (tmp_path / "stopped/losses.csv").read_text() == (tmp_path / "whole/losses.csv").read_text()
+
+
+def test_training_outlives_its_reader(place):
+    process = subprocess.Popen([sys.executable, HERE / DATA[0], *DATA[1:], "--max-steps", "9", "--out", "unread"],
+                               cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()  # as | head -1 does
+    assert process.wait(60) == 0 and not process.stderr.read()
+    assert load_checkpoint(place / "unread" / "latest.pt")[0].steps == 9
 
 
 def test_translations_keep_names_folders_and_sizes(place):
@@ -676,10 +685,16 @@ def test_translations_keep_names_folders_and_sizes(place):
 
 def test_nothing_is_written_over(place):
     status, _, err = run(place, "translate.py", "apples", "--checkpoint", "trained", "--out", "apples")
-    assert status == 1 and "apples 0.png is one of the pictures" in err
+    assert status == 1 and "apples 0.png is there" in err
+    (place / "mine").mkdir()
+    mine = shutil.copy(place / "oranges" / "oranges 0.png", place / "mine" / "apples 1.png")
+    status, _, err = run(place, "translate.py", "apples/more", "--checkpoint", "trained", "--out", "mine")
+    assert status == 1 and "mine/apples 1.png is there" in err  # no source, but not ours either
+    assert Path(mine).read_bytes() == (place / "oranges" / "oranges 0.png").read_bytes()
     shutil.copytree(place / "apples", place / "twice" / "apples")
     (place / "twice" / "apples" / "apples 0.jpg").write_bytes((place / "apples" / "apples 3.jpg").read_bytes())
     ok(place, "translate.py", "twice", "--checkpoint", "trained", "--out", "twice-out")
+    ok(place, "translate.py", "twice", "--checkpoint", "trained", "--out", "twice-out")  # but ours are
     assert len(list((place / "twice-out").rglob("*.png"))) == 6
     assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
 
@@ -696,6 +711,10 @@ def bad(place):
     for name in ("broken/a.png", "apples/apples 2.png"):
         shutil.copy(place / name, place / "some")
     Image.new("1", (12000, 12000)).save(place / "some" / "huge.png")
+    os.mkfifo(place / "pipe.png")
+    (place / "some" / "loop.png").symlink_to("loop.png")
+    shutil.copytree(place / "trained", place / "some" / "a run", ignore=shutil.ignore_patterns("cache"))
+    shutil.copy(place / "apples" / "apples 0.png", place / "some" / ("l" * 251 + ".png"))
     (place / "file").write_text("a file")
     shutil.copytree(place / "trained", place / "cut")
     (place / "cut" / "latest.pt").write_bytes((place / "trained" / "latest.pt").read_bytes()[:5000])
@@ -726,6 +745,8 @@ MISTAKES = {
     "no picture to translate": (["translate.py", "nothing.jpg", "--checkpoint", "trained"], "nothing.jpg"),
     "no checkpoint": (["translate.py", "apples", "--checkpoint", "apples"], "apples/latest.pt"),
     "no generator": (["translate.py", "apples", "--checkpoint", "apples/apples 0.png"], "apples 0.png"),
+    "a pipe": (["translate.py", "pipe.png", "--checkpoint", "trained", "--out", "piped"], "pipe.png"),
+    "a loop of links": ([*DATA[:1], "--dataA", "some/loop.png", "--dataB", "apples"], "loop.png"),
     "cut checkpoint": (["translate.py", "apples", "--checkpoint", "cut"], "cut/latest.pt"),
     "out cannot be written": (["translate.py", "apples", "--checkpoint", "trained", "--out", "file/x"], "file/x"),
 }
@@ -758,10 +779,10 @@ def test_mistakes_leave_nothing_behind(mistakes, bad):
 def test_unreadable_pictures_are_named_and_skipped(bad):
     out = ok(bad, "train.py", "--dataA", "some", "--dataB", "oranges", *FLAGS, "--max-steps", 1, "--out", "partly")
     assert "skipped: cannot read some/a.png" in out.replace(str(bad) + "/", "")
-    assert "some/huge.png" in out and "A: 1 pictures" in out and "2 of 3 pictures skipped" in out
+    assert "some/huge.png" in out and "A: 2 pictures" in out and "3 of 5 pictures skipped" in out
     status, out, err = run(bad, "translate.py", "some", "--checkpoint", "trained", "--out", "partly-out")
-    assert status == 1 and "some/a.png" in err and "some/huge.png" in err and "1 translated" in out
-    assert [p.name for p in (bad / "partly-out").iterdir()] == ["apples 2.png"]
+    assert status == 1 and "some/a.png" in err and "some/huge.png" in err and "2 translated" in out
+    assert {p.name for p in (bad / "partly-out").iterdir()} == {"apples 2.png", "l" * 251 + ".png"}
 
 
 def test_changed_folder_is_read_again(bad):

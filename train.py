@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -31,7 +33,7 @@ TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or 
 LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
 DEMO_SCENES, DEMO_HELD_OUT = 200, 32
-TERMINAL = sys.stdout.isatty()
+TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
 
 def parse():
     """The command line; Config's fields, folders and precision only if they were given."""
@@ -69,7 +71,10 @@ def say(line, passing=False):
     """Prints a line. On a terminal a passing one is cut to fit, and the next one replaces it."""
     if TERMINAL:
         line = "\r\033[K" + (line[:shutil.get_terminal_size().columns - 1] if passing else line)
-    print(line, end="" if passing and TERMINAL else "\n", flush=True)
+    try:
+        print(line, end="" if passing and TERMINAL else "\n", flush=True)
+    except OSError:  # whoever read it has gone; that must not end a training
+        sys.stdout = open(os.devnull, "w")
 
 # ---- Pictures: decoded once into a file of bytes; a step crops and flips from there --------------
 
@@ -228,7 +233,7 @@ def readable(path):
 
 def begin(given, device):
     """A new run as the command line wants it: its folder, its model, its place at the start."""
-    folders = [given[key].resolve() for key in ("dataA", "dataB") if key in given]
+    folders = [Path(os.path.realpath(given[key])) for key in ("dataA", "dataB") if key in given]
     if len(folders) == 1:
         raise UserError("--dataA and --dataB go together: it takes pictures of both domains")
     side = given.get("image_size", 256 if folders else DEMO["image_size"])
@@ -256,10 +261,10 @@ def begin(given, device):
 def resume(run, given, device):
     """The run in a folder as it was left. Refuses flags that contradict it."""
     model, place = load_checkpoint(run / "latest.pt", device)
-    was = {**asdict(model.config), "precision": model.precision, "out": run.resolve(),
-           **{"data" + name: (run / data).resolve() for name, data in zip("AB", place["data"])}}
+    was = {**asdict(model.config), "precision": model.precision, "out": os.path.realpath(run),
+           **{f"data{x}": os.path.realpath(run / data) for x, data in zip("AB", place["data"])}}
     for name, value in given.items():
-        value = value.resolve() if isinstance(value, Path) else value
+        value = os.path.realpath(value) if isinstance(value, Path) else value
         if name in ("epochs", "decay_epochs") and value > was[name]:
             model.config = replace(model.config, **{name: value})
         elif name in was and value not in (was[name], "auto"):
@@ -273,7 +278,7 @@ def open_log(path, steps):
     head, lines = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n", []
     if path.is_file():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
-                 if line.endswith("\n") and line[0].isdigit() and int(line.split(",")[0]) <= steps]
+                 if re.match("[0-9]{1,18},.*\n", line) and int(line.split(",")[0]) <= steps]
     write_file(path, [line.encode() for line in (head, *lines)])
     return open(path, "a")
 
@@ -321,7 +326,8 @@ def train(run, model, place, options):
         say(f"nothing to do: {run} has done step {model.steps} of {last}")
         return 0
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends the program at once
+    closed = [signal.SIGHUP] if os.name == "posix" else []  # the terminal was
+    for number in (signal.SIGINT, signal.SIGTERM, *closed):  # a second one ends the program at once
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
 
     pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
@@ -370,20 +376,24 @@ def train(run, model, place, options):
     finished = place["epoch"] == epochs
     say(f"{'finished' if finished else 'stopped'} after step {model.steps}; all is saved in {run}; "
         + ("translate with: python translate.py --checkpoint " if finished
-           else "go on with: python train.py --resume ") + str(run))
+           else "go on with: python train.py --resume ") + shlex.quote(str(run)))
     return 128 + signals[0] if signals else 0
 
 def main():
-    sys.stdout.reconfigure(errors="replace")  # file names may hold what the screen cannot show
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training, as Ctrl-C
     options, reason = parse(), None
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("several processes cannot train together yet; start it without torchrun")
+            raise UserError("several processes cannot train one run yet; start it without torchrun")
         given, device = vars(options), pick_device(options.device)
         run = resume(options.resume, given, device) if "resume" in given else begin(given, device)
         return train(*run, options)
-    except (UserError, OSError) as error:
+    except UserError as error:
         reason = error
+    except OSError as error:
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

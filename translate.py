@@ -6,14 +6,16 @@
 """
 
 import argparse
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from cyclegan import (UserError, find_pictures, load_generator, pick_device, png, read_checkpoint,
-                      read_picture, translate, write_file)
+from cyclegan import (SOFTWARE, UserError, find_pictures, load_generator, pick_device, png,
+                      read_checkpoint, read_picture, translate, write_file)
 
 PIXELS = 2**20  # at most, of the pictures that pass the network together
 READ_AHEAD = 16  # pictures in memory
@@ -59,24 +61,33 @@ def plan(inputs, out):
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
-        within = given.resolve() in out.resolve().parents  # then it holds earlier results, too
+        real_out = Path(os.path.realpath(out))
+        within = Path(os.path.realpath(given)) in real_out.parents  # with results of earlier calls
         for source in find_pictures(given) if given.is_dir() else [given]:
-            if within and out.resolve() in source.resolve().parents:
+            if within and real_out in Path(os.path.realpath(source)).parents:
                 continue
             name = Path(source.name)
             if given.is_dir():
-                root = given.resolve().name if len(inputs) > 1 else ""
+                root = os.path.basename(os.path.realpath(given)) if len(inputs) > 1 else ""
                 name = Path(root, source.relative_to(given))
             target, number = out / name.with_suffix(".png"), 2
             while str(target).lower() in taken:  # a.jpg and a.png, or A.jpg where case is nothing
                 target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
             taken.add(str(target).lower())
             pairs.append((source, target))
-    sources = {source.resolve() for source, _ in pairs}
+    sources = {os.path.realpath(source) for source, _ in pairs}
     for _, target in pairs:
-        if target.resolve() in sources:
-            raise UserError(f"{target} is one of the pictures to translate; choose another --out")
+        if os.path.realpath(target) in sources or target.exists() and not translated(target):
+            raise UserError(f"{target} is there, and not from here; choose another --out")
     return pairs
+
+def translated(path):
+    """Whether a file is the result of an earlier call, which may be replaced."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
 
 def skip(reason):
     print(f"skipped: {reason}", file=sys.stderr, flush=True)
@@ -114,7 +125,8 @@ def translate_all(generator, pairs, side_by_side):
     return done
 
 def main():
-    sys.stdout.reconfigure(errors="replace")  # file names may hold what the screen cannot show
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     options = parse()
     try:
         device = pick_device(options.device)
