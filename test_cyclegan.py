@@ -1,6 +1,6 @@
 """What must stay true of cyclegan.py, train.py and translate.py.
 
-    python -m pytest              all of it, about two minutes on two CPU cores
+    python -m pytest              all of it, under three minutes on two CPU cores
     python test_cyclegan.py       a benchmark: the fused step against the literal one
 """
 
@@ -648,6 +648,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     assert process.wait(60) == 128 + number and "python train.py --resume stopped" in rest
     steps = load_checkpoint(tmp_path / "stopped" / "latest.pt")[0].steps
     assert f"stopped after step {steps};" in rest
+    if number == signal.SIGTERM:
+        return  # what follows is the same for both
     with open(tmp_path / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
         log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
     ok(tmp_path, "train.py", "--resume", "stopped", "--max-steps", steps + 7)
