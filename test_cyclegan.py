@@ -670,7 +670,7 @@ def test_small_domains_are_drawn_from_for_the_whole_epoch(place):
     assert "new run runs/oranges-apples-2" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     data = ["train.py", "--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS,
             "--buffer-size", "3"]
@@ -685,8 +685,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     assert process.wait(60) == 128 + number and "python train.py --resume stopped" in rest
     steps = load_checkpoint(tmp_path / "stopped" / "latest.pt")[0].steps
     assert f"stopped after step {steps};" in rest
-    if number == signal.SIGTERM:
-        return  # what follows is the same for both
+    if number != signal.SIGINT:
+        return  # what follows is the same for all
     with open(tmp_path / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
         log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
     ok(tmp_path, "train.py", "--resume", "stopped", "--max-steps", steps + 7)
@@ -698,15 +698,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     assert one.read_text() == two.read_text()
 
 
-def test_training_outlives_its_reader(place):
-    process = subprocess.Popen([sys.executable, HERE / DATA[0], *DATA[1:], "--max-steps", "9",
-                                "--out", "unread"],
-                               cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    process.stdout.readline()
-    process.stdout.close()  # as | head -1 does
+def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
+    process = subprocess.Popen(
+        [sys.executable, HERE / DATA[0], *DATA[1:], "--max-steps", "60", "--out", "unread"], cwd=place,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    while not process.stdout.readline().startswith("epoch 2"):
+        pass
+    process.stdout.close()  # as | head does
+    process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0 and not process.stderr.read()
-    assert load_checkpoint(place / "unread" / "latest.pt")[0].steps == 9
+    assert load_checkpoint(place / "unread" / "latest.pt")[0].steps == 60
 
 
 def test_translations_keep_names_folders_and_sizes(place):

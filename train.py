@@ -325,9 +325,10 @@ def train(run, model, place, options):
     if model.steps >= last:
         say(f"nothing to do: {run} has done step {model.steps} of {last}")
         return 0
-    signals = []
-    closed = [signal.SIGHUP] if os.name == "posix" else []  # the terminal was
-    for number in (signal.SIGINT, signal.SIGTERM, *closed):  # a second one ends the program at once
+    signals, hangup = [], [signal.SIGHUP] if os.name == "posix" else []
+    if hangup and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        hangup = []  # nohup wants the run to outlive its terminal
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):  # a second one ends the program at once
         signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
 
     pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
