@@ -700,8 +700,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
 
 def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
     process = subprocess.Popen(
-        [sys.executable, HERE / DATA[0], *DATA[1:], "--max-steps", "60", "--out", "unread"], cwd=place,
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, HERE / DATA[0], *DATA[1:], "--max-steps", "60", "--out", "unread"],
+        cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     while not process.stdout.readline().startswith("epoch 2"):
         pass
