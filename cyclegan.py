@@ -22,7 +22,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 
 class UserError(ValueError):
-    """Something that whoever runs the program can put right; the text is one sentence about it."""
+    """Something that whoever runs the program can put right; the text is one line about it."""
+
+    def __str__(self):  # other libraries' reasons and file names may have several
+        return " ".join(line.strip() for line in super().__str__().splitlines())
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -356,8 +359,7 @@ def load_checkpoint(path, device="cpu"):
             adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
         return model, saved["place"]
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no checkpoint of a run ({reason})") from error
+        raise UserError(f"{path} is no checkpoint of a run ({error})") from error
 
 def load_generator(path, direction="AtoB", device="cpu"):
     """G ("AtoB") or F ("BtoA") from a run's folder or checkpoint, in eval mode.
@@ -385,8 +387,7 @@ def load_generator(path, direction="AtoB", device="cpu"):
                 raise UserError(f"it has {key}, as antialiased, U-Net or BatchNorm ones may")
         generator.load_state_dict({key: weights[key] for key in wanted})
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({reason})") from error
+        raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({error})") from error
     return generator.to(device).eval()
 
 # ---- Pictures ------------------------------------------------------------------------------------

@@ -478,8 +478,9 @@ def test_foreign_generators_are_refused(tmp_path):
             "model.1.weight": torch.zeros(4, 1, 7, 7)},
             "nothing": {"model.1.weight": None}}.items():
         torch.save({**weights, **change}, tmp_path / name)
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=name) as raised:
             load_generator(tmp_path / name)
+        assert len(str(raised.value).splitlines()) == 1
     torch.save(Discriminator(4).state_dict(), tmp_path / "D.pth")
     with pytest.raises(UserError, match="D.pth"):
         load_generator(tmp_path / "D.pth")

@@ -55,7 +55,7 @@ def trained_on(checkpoint, run, direction):
 def plan(inputs, out):
     """[(source, target)]: folders keep their structure, names end in .png, no target stands twice.
 
-    Raises UserError if an input is missing or a target is one of the sources.
+    Raises UserError if an input is missing, or a target is a source or no result of this program.
     """
     pairs, taken = [], set()
     for given in inputs:
