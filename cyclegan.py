@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 
@@ -46,7 +47,7 @@ class Config:
     lambda_backward: float = _setting(10.0, "weight of the backward cycle, y to G(F(y)) (Eq. 2, 3)")
     lambda_identity: float = _setting(0.5, "weight of identity, times the cycle's (Sec. 5.2)")
     buffer_size: int = _setting(50, "generated images kept per discriminator (Sec. 4), 0 for none")
-    batch_size: int = _setting(1, "pictures of each domain in a step (Sec. 7.1)")
+    batch_size: int = _setting(1, "pictures of each domain in a step, per process (Sec. 7.1)")
     lr: float = _setting(2e-4, "Adam's learning rate before the decay (Sec. 4)")
     beta1: float = _setting(0.5, "Adam's first beta; the second is 0.999 (authors' code)")
     epochs: int = _setting(100, "epochs at the full learning rate (Sec. 7.1)")
@@ -197,6 +198,30 @@ def discriminator_loss(D, real, fake, buffer, draws, objective):
     return (adversarial_loss(on_real, True, objective)
             + adversarial_loss(on_fake, False, objective)) / 2
 
+# ---- Several processes, started by torchrun, each with its share of a batch ----------------------
+
+def processes():
+    """(rank, number) of this among the processes that train together; (0, 1) for one alone."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+def average(tensors):
+    """Puts in place of each tensor its mean over all processes; they travel as one flat tensor."""
+    if processes()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= processes()[1]
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+def gather(images):
+    """(N, 3, H, W) of every process -> those of all, in the order of the ranks."""
+    everyones = [torch.empty_like(images) for _ in range(processes()[1])]
+    if len(everyones) == 1:
+        return images
+    dist.all_gather(everyones, images)
+    return torch.cat(everyones)
+
 # ---- The buffer of generated images (Sec. 4) -----------------------------------------------------
 
 class ImageBuffer(nn.Module):
@@ -217,9 +242,12 @@ class ImageBuffer(nn.Module):
         """(N, 3, H, W) -> the same shape, decided for one image after another, on the device.
 
         draws: (N, 2) in [0, 1), two random numbers per image. Another H or W empties the buffer.
+        Of several processes each has the same buffer, for the images of all (so draws for all).
         """
         if self.size == 0:
             return images
+        rank, number = processes()
+        images = gather(images)
         if self.images.shape[1:] != images.shape[1:]:
             self.images, self.count = images.new_zeros(self.size, *images.shape[1:]), self.count * 0
         draws = torch.rand(len(images), 2, device=images.device) if draws is None else draws
@@ -232,7 +260,7 @@ class ImageBuffer(nn.Module):
             returned.append(torch.where(store & ~filling, stored, image))
             self.images[place] = torch.where(store, image, stored)
             self.count += filling
-        return torch.cat(returned)
+        return torch.cat(returned).chunk(number)[rank]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shape = state_dict[prefix + "images"].shape  # not known before the first exchange
@@ -248,8 +276,10 @@ def learning_rate(config, epoch):
 
 def update(adam, loss):
     """One step of Adam; gradients are computed of its own parameters and of no others."""
+    parameters = adam.param_groups[0]["params"]
     adam.zero_grad()
-    loss.backward(inputs=adam.param_groups[0]["params"])
+    loss.backward(inputs=parameters)
+    average([parameter.grad for parameter in parameters])
     adam.step()
 
 class CycleGAN(nn.Module):
@@ -277,9 +307,10 @@ class CycleGAN(nn.Module):
             adam.param_groups[0]["lr"] = rate
 
     def draws(self, images):
-        """The random numbers of both buffers, (2, N, 2): a function of the seed and the step."""
+        """Random numbers for both buffers, (2, N of all processes, 2), by the seed and the step."""
         random = np.random.default_rng([self.config.seed, 0, self.steps])
-        draws = random.random((2, len(images), 2), np.float32)  # rounded from 64 bits it could be 1
+        shape = (2, len(images) * processes()[1], 2)
+        draws = random.random(shape, np.float32)  # rounded from 64 bits it could be 1
         return send(torch.from_numpy(draws), images.device)
 
     def step(self, x, y):
@@ -287,6 +318,7 @@ class CycleGAN(nn.Module):
 
         x, y: (N, 3, H, W) in [-1, 1]. Returns detached 0-d tensors: "gan", "cycle" and "identity"
         as they enter the sum, "D_X" and "D_Y" halved. Raises ValueError if x and y differ in shape.
+        Of several processes all must take it; they get the mean losses of all their pictures.
         """
         if x.shape != y.shape:
             raise ValueError(f"x and y differ in shape: {tuple(x.shape)}, {tuple(y.shape)}")
@@ -306,7 +338,9 @@ class CycleGAN(nn.Module):
         update(self.adam_D, loss_X + loss_Y)
         self.steps += 1
         losses = {"gan": gan, "cycle": cycle, "identity": identity, "D_X": loss_X, "D_Y": loss_Y}
-        return {name: loss.detach() for name, loss in losses.items()}
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        average(losses.values())
+        return losses
 
 # ---- Files ---------------------------------------------------------------------------------------
 
@@ -348,9 +382,12 @@ def read_checkpoint(path):
     except Exception as error:  # a damaged file makes the readers raise anything at all
         raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
 
-def load_checkpoint(path, device="cpu"):
-    """The (CycleGAN, place) of save_checkpoint, on any device. Raises UserError naming the file."""
-    saved = read_checkpoint(path)
+def load_checkpoint(path, device="cpu", saved=None):
+    """The (CycleGAN, place) of save_checkpoint, on any device. Raises UserError naming the file.
+
+    saved: what read_checkpoint gives for the file, if it has been read already.
+    """
+    saved = read_checkpoint(path) if saved is None else saved
     try:
         model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
         model.load_state_dict(saved["model"])

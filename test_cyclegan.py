@@ -610,7 +610,7 @@ def test_training_writes_what_it_promises(place):
     run_folder = place / "trained"
     written = sorted(str(p.relative_to(run_folder)) for p in run_folder.rglob("*") if p.is_file())
     written = [re.sub("-[0-9a-f]{16}", "", name) for name in written]
-    assert written == ["cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
+    assert written == [".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
                        "latest.pt",
                        "losses.csv", *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
     lines = (run_folder / "losses.csv").read_text().splitlines()

@@ -3,6 +3,7 @@
     python train.py                                           the drawn demo, minutes on a CPU
     python train.py --dataA apples/ --dataB oranges/          two folders of your own
     python train.py --resume runs/apples-oranges              goes on where that run stopped
+    torchrun --nproc-per-node 8 train.py --dataA ...          on 8 GPUs, each with its own batch
 """
 
 import argparse
@@ -24,16 +25,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from cyclegan import (Config, CycleGAN, UserError, find_pictures, learning_rate, load_checkpoint,
-                      pick_device, png, read_picture, save_checkpoint, to_pictures, to_tensor,
-                      translate, write_file)
+                      pick_device, png, read_checkpoint, read_picture, save_checkpoint, to_pictures,
+                      to_tensor, translate, write_file)
+
+if os.name == "posix":
+    import fcntl
+else:
+    import msvcrt
 
 TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or --precision fp32"
 LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
-DEMO_SCENES, DEMO_HELD_OUT = 200, 32
+DEMO_FOLDERS, DEMO_SCENES, DEMO_HELD_OUT = ["pictures/apples", "pictures/oranges"], 200, 32
 TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
+RANK, LOCAL_RANK, WORLD = (  # set by torchrun; the process of rank 0 alone writes and prints
+    int(os.environ.get(name, alone)) for name, alone in
+    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 def parse():
     """The command line; Config's fields, folders and precision only if they were given."""
@@ -69,12 +79,45 @@ def parse():
 
 def say(line, passing=False):
     """Prints a line. On a terminal a passing one is cut to fit, and the next one replaces it."""
+    if RANK:
+        return
     if TERMINAL:
         line = "\r\033[K" + (line[:shutil.get_terminal_size().columns - 1] if passing else line)
     try:
         print(line, end="" if passing and TERMINAL else "\n", flush=True)
     except OSError:  # whoever read it has gone; that must not end a training
         sys.stdout = open(os.devnull, "w")
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+def connect(device):
+    """Joins the processes that torchrun started, each on a GPU of its own or all on the CPU.
+
+    Returns a group in which they wait for each other on the host; None if there is only this one.
+    """
+    if WORLD == 1:
+        return None
+    if device.type == "mps":
+        raise UserError("several processes train on --device cuda or cpu, not on mps")
+    if device.type == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node of torchrun: this machine has "
+                            f"{torch.cuda.device_count()} GPUs; start one process for each")
+        torch.cuda.set_device(LOCAL_RANK)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # reading pictures is slow
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"WORLD_SIZE is {WORLD}, but the processes cannot connect ({error}); start "
+                        "them with torchrun") from error
+
+def agree(group, *values):
+    """The largest of each value over all processes, for which this waits."""
+    if group:
+        largest = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        values = tuple(largest.tolist())
+    return values
 
 # ---- Pictures: decoded once into a file of bytes; a step crops and flips from there --------------
 
@@ -102,10 +145,10 @@ def cached(folder, side, cache, name):
     The first call writes it; so does one after a picture was added, removed or changed. If the
     folder has gone, it is used as it is.
     """
-    earlier = list(cache.glob(f"{name}-*.bytes"))
+    earlier = sorted(cache.glob(f"{name}-*.bytes"), key=os.path.getmtime)
     if earlier and not folder.is_dir():
         say(f"{name}: {folder} has gone; going on with its pictures as they were, from {cache}")
-        data = earlier[0]
+        data = earlier[-1]
     else:
         paths, stamp = find_pictures(folder), hashlib.sha256()
         for path in paths:
@@ -115,7 +158,8 @@ def cached(folder, side, cache, name):
         data = cache / f"{name}-{stamp.hexdigest()[:16]}.bytes"
         if data not in earlier:
             write_file(data, decoded(paths, side, name))
-            for path in earlier:
+        for path in earlier:
+            if path != data:
                 path.unlink()
     count = data.stat().st_size // (side * side * 3)
     if count == 0:
@@ -123,38 +167,62 @@ def cached(folder, side, cache, name):
     say(f"{name}: {count} pictures from {folder}")
     return np.memmap(data, np.uint8, "r", shape=(count, side, side, 3))
 
+def open_pictures(run, place, side, group):
+    """A and B as `cached` gives them; one process of each machine reads before its others do."""
+    for mine in (RANK == 0, RANK > LOCAL_RANK == 0, LOCAL_RANK > 0):  # machines may share a disk
+        if mine:
+            if place["demo"]:
+                draw_demo(run, side)
+            A, B = (cached(run / folder, side, run / "cache", name)
+                    for folder, name in zip(place["data"], "AB"))
+        agree(group)
+    if agree(group, len(A), len(B), -len(A), -len(B)) != (len(A), len(B), -len(A), -len(B)):
+        raise UserError("the machines do not have the same pictures")
+    return A, B
+
 @functools.lru_cache(2)
 def shuffled(count, seed, epoch):
     return np.random.default_rng([seed, 1, epoch]).permutation(count)
 
 def crops(pictures, chosen, side, random):
-    """The chosen pictures, each cropped at a random place and flipped with probability 1/2."""
-    result = []
-    for i in chosen:
-        top, left = random.integers(pictures.shape[1] - side + 1, size=2)
-        picture = pictures[i, top:top + side, left:left + side]
-        result.append(picture[:, ::-1] if random.random() < 0.5 else picture)
+    """The chosen pictures, each cropped at a random place and flipped with probability 1/2.
+
+    Of several processes each draws the random numbers for all and takes its share of the pictures.
+    """
+    corners = random.integers(pictures.shape[1] - side + 1, size=(len(chosen), 2))
+    flips, result = random.random(len(chosen)) < 0.5, []
+    for k in np.array_split(np.arange(len(chosen)), WORLD)[RANK]:
+        top, left = corners[k]
+        picture = pictures[chosen[k], top:top + side, left:left + side]
+        result.append(picture[:, ::-1] if flips[k] else picture)
     return np.stack(result)
 
-def batch(config, A, B, epoch, step):
-    """x and y of a step, (batch_size, image_size, image_size, 3) uint8; the seed decides them.
+def batch(config, A, B, epoch, done):
+    """x and y of a step, (batch_size, image_size, image_size, 3) uint8, after `done` pictures.
 
     An epoch counts as many as the larger domain. Pictures of A come in a shuffled order, those of B
     are drawn at random, so that no pair lasts (authors' code). The last batch takes from the first.
     """
     order = shuffled(max(len(A), len(B)), config.seed, epoch)
-    places = np.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(order)
-    random = np.random.default_rng([config.seed, 2, epoch, step])
+    places = np.arange(done, done + WORLD * config.batch_size) % len(order)
+    random = np.random.default_rng([config.seed, 2, epoch, done])
     return (crops(A, order[places] % len(A), config.image_size, random),
             crops(B, random.integers(len(B), size=len(places)), config.image_size, random))
 
-def batches(config, A, B, steps, epoch, step):
-    """Yields (epoch, step, x, y) from a place on, both counted from 0; one batch is read ahead."""
+def batches(config, A, B, epoch, done):
+    """Yields (epoch, (epoch, done) after this step, x, y) from a place on, to the end of training.
+
+    A place is an epoch, counted from 0, and how many of its pictures are done, which holds for any
+    number of processes. One batch is read ahead.
+    """
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(batch, config, A, B, epoch, step)
-        for n in range(epoch * steps + step, (config.epochs + config.decay_epochs) * steps):
-            ready, ahead = ahead, reader.submit(batch, config, A, B, *divmod(n + 1, steps))
-            yield *divmod(n, steps), *ready.result()
+        ahead = reader.submit(batch, config, A, B, epoch, done)
+        while epoch < config.epochs + config.decay_epochs:
+            done += WORLD * config.batch_size
+            after = (epoch, done) if done < max(len(A), len(B)) else (epoch + 1, 0)
+            ready, ahead = ahead, reader.submit(batch, config, A, B, *after)
+            yield epoch, after, *ready.result()
+            epoch, done = after
 
 # ---- The demo: scenes, each painted as apples or as oranges --------------------------------------
 
@@ -191,9 +259,9 @@ def paint(scene, kind, side):
         picture += (np.where(mark, colour, skin) - picture) * edge
     return (picture.clip(0, 1) * 255).round().astype(np.uint8)
 
-def draw_demo(run, folders, side):
+def draw_demo(run, side):
     """Fills the two folders with what they lack: other scenes as apples than as oranges."""
-    for domain, folder in enumerate(run / name for name in folders):
+    for domain, folder in enumerate(run / name for name in DEMO_FOLDERS):
         for i in range(DEMO_SCENES):
             path = folder / f"{i:03}.png"
             if not path.exists():
@@ -216,13 +284,28 @@ def judge_demo(model, side):
 
 # ---- A run and its folder ------------------------------------------------------------------------
 
+def lock(run):
+    """Keeps other trainings out of a run's folder until this process ends, however it ends."""
+    file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock it
+    try:
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another training is at work in {run}; let it end, or stop it") from None
+    except OSError as error:
+        say(f"cannot lock {run} ({error.strerror}); take care that nothing else trains there")
+
 def new_folder(out, name):
     """Makes the folder of a new run, `out` or the next free name in runs/, and returns it."""
-    if out and out.is_dir() and any(out.iterdir()):
+    left = {".lock", "latest.pt.part"}  # by a start that was killed
+    if out and out.is_dir() and {path.name for path in out.iterdir()} - left:
         raise UserError(f"--out {out} is not empty; name a new folder or go on with --resume {out}")
     names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
     folder = out or next(Path("runs", name) for name in names if not Path("runs", name).exists())
     folder.mkdir(parents=True, exist_ok=out is not None)
+    lock(folder)
     return folder
 
 def readable(path):
@@ -232,7 +315,7 @@ def readable(path):
         return 0
 
 def begin(given, device):
-    """A new run as the command line wants it: its folder, its model, its place at the start."""
+    """Makes the folder of a new run as the command line wants it, with a checkpoint at step 0."""
     folders = [Path(os.path.realpath(given[key])) for key in ("dataA", "dataB") if key in given]
     if len(folders) == 1:
         raise UserError("--dataA and --dataB go together: it takes pictures of both domains")
@@ -250,17 +333,17 @@ def begin(given, device):
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
-    model = CycleGAN(config, device, precision)
     run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
-    place = {"epoch": 0, "step": 0, "demo": not folders,
-             "data": list(map(str, folders)) or ["pictures/apples", "pictures/oranges"]}
-    save_checkpoint(run / "latest.pt", model, place)  # from now on it can be resumed
-    say(f"new run {run} on {device} in {precision}")
-    return run, model, place
+    place = {"epoch": 0, "done": 0, "demo": not folders,
+             "data": list(map(str, folders)) or DEMO_FOLDERS}
+    save_checkpoint(run / "latest.pt", CycleGAN(config, device, precision), place)
+    return run
 
-def resume(run, given, device):
-    """The run in a folder as it was left. Refuses flags that contradict it."""
-    model, place = load_checkpoint(run / "latest.pt", device)
+def resume(run, saved, given, device):
+    """The model and the place in a run's checkpoint. Refuses flags that contradict it."""
+    model, place = load_checkpoint(run / "latest.pt", device, saved)
+    if "step" in place:  # of the first release
+        place["done"] = place.pop("step") * model.config.batch_size
     was = {**asdict(model.config), "precision": model.precision, "out": os.path.realpath(run),
            **{f"data{x}": os.path.realpath(run / data) for x, data in zip("AB", place["data"])}}
     for name, value in given.items():
@@ -270,32 +353,55 @@ def resume(run, given, device):
         elif name in was and value not in (was[name], "auto"):
             raise UserError(f"--{name.replace('_', '-')} {value} contradicts the run in {run}, "
                             f"which has {was[name]}; leave it out, or start a new run")
-    say(f"run {run} from step {model.steps} on, on {device} in {model.precision}")
-    return run, model, place
+    say((f"run {run} from step {model.steps} on" if model.steps else f"new run {run}")
+        + f", on {device} in {model.precision}" + f", {WORLD} processes" * (WORLD > 1))
+    return model, place
 
-def open_log(path, steps):
-    """losses.csv, open for appending, with the lines of the steps that are in the checkpoint."""
+def start(given, device, group):
+    """(run, model, place) as the command line wants them; rank 0 has the files, and sends them."""
+    found = [None]
+    if RANK == 0:
+        run = given["resume"] if "resume" in given else begin(given, device)
+        if not (run / "latest.pt").is_file():
+            raise UserError(f"--resume {run}: there is no run, which would have a latest.pt")
+        if "resume" in given:
+            lock(run)
+        for pattern in ("*.part", "cache/*.part", "samples/*.part"):  # of a process that was killed
+            for part in run.glob(pattern):
+                part.unlink()
+        found = [(run, read_checkpoint(run / "latest.pt"))]
+    if group:
+        dist.broadcast_object_list(found, group=group)
+    return found[0][0], *resume(*found[0], given, device)
+
+def trim_log(path, steps):
+    """Gives losses.csv its head and leaves it the lines of the steps that are in the checkpoint."""
     head, lines = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n", []
     if path.is_file():
         lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
                  if re.match("[0-9]{1,18},.*\n", line) and int(line.split(",")[0]) <= steps]
     write_file(path, [line.encode() for line in (head, *lines)])
-    return open(path, "a")
 
-def record(pending, log):
-    """Writes the losses of all steps since the last call, which only now leave the device.
+def record(pending, path):
+    """Appends the losses of all steps since the last call, which only now leave the device.
 
-    Returns their means. Raises UserError at the first that is not finite.
+    Returns their means. Raises UserError at the first that is not finite, or if writing fails.
     """
     table = torch.stack([torch.stack([losses[name] for name in LOSSES]) for *_, losses in pending])
-    for (step, epoch, rate, _), values in zip(pending, table.tolist()):
-        log.write(f"{step},{epoch}," + ",".join(f"{value:.7g}" for value in (rate, *values)) + "\n")
-        for name, value in zip(LOSSES, values):
-            if not math.isfinite(value):
-                raise UserError(f"the loss {name} is {value} at step {step}; {TOO_FAR}")
-    log.flush()
+    table = table.cpu().numpy()
+    try:
+        with open(path, "a") as log:
+            for (step, epoch, rate, _), row in zip(pending, table):
+                log.write(f"{step},{epoch}," + ",".join(f"{v:.7g}" for v in (rate, *row)) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    for k, loss in np.argwhere(~np.isfinite(table)):
+        raise UserError(f"the loss {LOSSES[loss]} is {table[k, loss]} at step {pending[k][0]}; "
+                        + TOO_FAR)
     pending.clear()
-    return table.mean(0).tolist()
+    return table.mean(0)
 
 def sample_grid(model, A, B):
     """Rows of x, G(x), F(G(x)), y, F(y), G(F(y)) for fixed, uncropped pictures. (H, W, 3) uint8."""
@@ -312,67 +418,74 @@ def sample_grid(model, A, B):
                                            constant_values=255) for picture in row], 1))
     return np.concatenate(rows)
 
-def train(run, model, place, options):
+def save(run, model, place, options):
+    """Writes latest.pt, and before it, so that none is ever missing, the copy of an Nth epoch."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"a weight is not finite after step {model.steps}; {TOO_FAR}")
+    if place["done"] == 0 and place["epoch"] % options.save_every == 0:
+        save_checkpoint(run / f"epoch_{place['epoch']:04}.pt", model, place)
+    save_checkpoint(run / "latest.pt", model, place)
+
+def train(run, model, place, options, group):
     """Trains to the end, or to --max-steps, Ctrl-C or SIGTERM. Returns the exit status."""
     config, device = model.config, next(model.parameters()).device
-    if place["demo"]:
-        draw_demo(run, place["data"], config.load_size)
-    A, B = (cached(run / folder, config.load_size, run / "cache", name)
-            for folder, name in zip(place["data"], "AB"))
-    steps = math.ceil(max(len(A), len(B)) / config.batch_size)
+    A, B = open_pictures(run, place, config.load_size, group)
+    count, size = max(len(A), len(B)), WORLD * config.batch_size
     epochs = config.epochs + config.decay_epochs
-    last = min(options.max_steps, model.steps + (epochs - place["epoch"]) * steps - place["step"])
+    last = min(options.max_steps, model.steps + math.ceil(max(1, count - place["done"]) / size)
+               + (epochs - place["epoch"] - 1) * math.ceil(count / size))
     if model.steps >= last:
         say(f"nothing to do: {run} has done step {model.steps} of {last}")
         return 0
     signals, hangup = [], [signal.SIGHUP] if os.name == "posix" else []
     if hangup and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         hangup = []  # nohup wants the run to outlive its terminal
-    for number in (signal.SIGINT, signal.SIGTERM, *hangup):  # a second one ends the program at once
-        signal.signal(number, lambda n, _: (signals.append(n), signal.signal(n, signal.SIG_DFL)))
 
+    def on_signal(number, _):
+        signals.append(number)
+        if WORLD == 1:  # a second one ends the program at once; torchrun repeats the first
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+        signal.signal(number, on_signal)
+    if RANK == 0:
+        trim_log(run / "losses.csv", model.steps)
     pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
     began = shown = saved = idle = time.perf_counter()
-    with open_log(run / "losses.csv", model.steps) as log:
-        for epoch, step, x, y in batches(config, A, B, steps, place["epoch"], place["step"]):
-            x, y = to_tensor(x, device), to_tensor(y, device)
-            waited += time.perf_counter() - idle
-            rate = learning_rate(config, epoch)
-            model.set_learning_rate(rate)
-            losses = model.step(x, y)
+    for epoch, after, x, y in batches(config, A, B, place["epoch"], place["done"]):
+        x, y = to_tensor(x, device), to_tensor(y, device)
+        waited += time.perf_counter() - idle
+        rate = learning_rate(config, epoch)
+        model.set_learning_rate(rate)
+        losses, now = model.step(x, y), time.perf_counter()
+        stopped, due = agree(group, bool(signals), now - saved > 60 * options.save_minutes)
+        ended, stopped = after[1] == 0, stopped or model.steps >= last
+        due = due or ended or stopped
+        place.update(epoch=after[0], done=after[1])
+        if RANK == 0:
             pending.append((model.steps, epoch + 1, rate, losses))
-            ended, stopped = step + 1 == steps, bool(signals) or model.steps >= last
-            now = time.perf_counter()
-            save = ended or stopped or now - saved > 60 * options.save_minutes
-            if save or model.steps == first_step + 1 or now - shown > (1 if TERMINAL else 10):
-                means, now = record(pending, log), time.perf_counter()
+            if due or model.steps == first_step + 1 or now - shown > (1 if TERMINAL else 10):
+                means, now = record(pending, run / "losses.csv"), time.perf_counter()
                 pace = (now - shown) / (model.steps - shown_step)
                 left = (now - began) / (model.steps - first_step) * (last - model.steps)
                 memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-                say(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} | "
+                say(f"epoch {epoch + 1}/{epochs} step {model.steps}/{last} | "
                     + " ".join(f"{name} {mean:.2f}" for name, mean in zip(LOSSES, means))
                     + f" | {timedelta(seconds=round(left))} left | {1000 * pace:.0f} ms/step "
-                    f"{2 * config.batch_size / pace:.1f} pictures/s "
-                    f"{waited / (now - shown):.0%} waiting"
-                    + (f" | peak {memory:.1f} GiB" if memory else ""),
-                    passing=not (ended or stopped))
+                    f"{2 * size / pace:.1f} pictures/s {waited / (now - shown):.0%} waiting"
+                    + f" | peak {memory:.1f} GiB" * bool(memory), passing=not (ended or stopped))
                 shown, shown_step, waited = now, model.steps, 0.0
             if ended and (epoch + 1) % options.sample_every == 0:
                 grid = png(sample_grid(model, A, B))
                 write_file(run / "samples" / f"epoch_{epoch + 1:04}.png", [grid])
-            if save:
-                if not all(parameter.isfinite().all() for parameter in model.parameters()):
-                    raise UserError(f"a weight is not finite after step {model.steps}; {TOO_FAR}")
-                os.fsync(log.fileno())
-                place.update(epoch=epoch + ended, step=(step + 1) % steps)
-                save_checkpoint(run / "latest.pt", model, place)
-                if ended and (epoch + 1) % options.save_every == 0:
-                    save_checkpoint(run / f"epoch_{epoch + 1:04}.pt", model, place)
-                saved = time.perf_counter()
-            if stopped:
-                break
-            idle = time.perf_counter()
-    if place["demo"] and not signals:
+            if due:
+                save(run, model, place, options)
+        saved = time.perf_counter() if due else saved
+        if stopped:
+            break
+        idle = time.perf_counter()
+    agree(group)  # the others wait until rank 0 has saved
+    if place["demo"] and not signals and RANK == 0:
         judge_demo(model, config.load_size)
     finished = place["epoch"] == epochs
     say(f"{'finished' if finished else 'stopped'} after step {model.steps}; all is saved in {run}; "
@@ -386,22 +499,27 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training, as Ctrl-C
     options, reason = parse(), None
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("several processes cannot train one run yet; start it without torchrun")
-        given, device = vars(options), pick_device(options.device)
-        run = resume(options.resume, given, device) if "resume" in given else begin(given, device)
-        return train(*run, options)
+        device = pick_device(options.device)
+        group = connect(device)
+        return train(*start(vars(options), device, group), options, group)
     except UserError as error:
         reason = error
     except OSError as error:
         reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            reason = "another process of this run has ended; go on with --resume"
+        elif isinstance(error, MemoryError) or "memory" in str(error):
+            reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
+        else:
             raise
-        reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
     except KeyboardInterrupt:
         reason = "stopped before the first step"
-    return f"{chr(10) if TERMINAL else ''}train.py: {reason}"
+    rank = f" (rank {RANK})" if WORLD > 1 else ""
+    print(f"{chr(10) if TERMINAL else ''}train.py{rank}: {reason}", file=sys.stderr, flush=True)
+    if WORLD > 1:
+        os._exit(1)  # without farewells to processes that may have gone
+    return 1
 
 if __name__ == "__main__":
     sys.exit(main())
