@@ -376,7 +376,9 @@ def read_checkpoint(path):
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # a wrong checksum: torch.load looks at none
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the sentences below say
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file makes the readers raise anything at all
@@ -391,7 +393,7 @@ def load_checkpoint(path, device="cpu", saved=None):
     try:
         model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
         model.load_state_dict(saved["model"])
-        model.steps = saved["steps"]
+        model.steps = int(saved["steps"])
         for adam, state in zip((model.adam_G, model.adam_D), saved["adams"], strict=True):
             adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
         return model, saved["place"]
@@ -430,6 +432,7 @@ def load_generator(path, direction="AtoB", device="cpu"):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
 SOFTWARE = "cyclegan.py"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
 
@@ -458,6 +461,8 @@ def read_picture(path, side=None):
         if not os.path.isfile(path):  # a pipe would never end
             raise UserError("it is no file")
         with Image.open(path) as image:
+            if image.format not in FORMATS.split():
+                raise UserError(f"{image.format} is none of {FORMATS}")
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise UserError(f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels")
             image = ImageOps.exif_transpose(image)

@@ -7,6 +7,7 @@
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -500,6 +501,16 @@ def test_damaged_checkpoints_are_refused(tmp_path):
                 load(tmp_path / name)
 
 
+def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
+    config = Config(**TINY, epochs=1, decay_epochs=0)
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(config), {
+        "epoch": 0, "done": 0, "demo": True, "data": ["../outside/apples", "../outside/oranges"],
+        "save_every": 1, "save_minutes": 1.0, "sample_every": 1})
+    status, _, err = run(tmp_path, "train.py", "--resume", "run")
+    assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
+
+
 class Malice:
     def __reduce__(self):
         return (os.mkdir, ("malice_was_here",))
@@ -546,6 +557,14 @@ def test_pictures_of_every_mode(tmp_path):
             assert np.abs(picture - expected.astype(int)).max() <= 1, name
     assert (read_picture(tmp_path / "key.png")[0, 0] == 255).all()
     assert read_picture(tmp_path / "rgb.png", 9).shape == (9, 9, 3)
+
+
+def test_pictures_that_are_programs_do_not_run(tmp_path):
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "EPS"  # Pillow would hand it to Ghostscript
+    with pytest.raises(UserError, match="a.png: .*EPS"):
+        read_picture(tmp_path / "a.png")
 
 
 def test_bytes_survive_the_way_to_a_tensor_and_back():
@@ -626,7 +645,7 @@ def test_training_writes_what_it_promises(place):
     assert (grid[2:30, 2:30] == np.asarray(shown)).all()  # whole, not cropped
 
 
-def test_batches_follow_the_authors_sampling():
+def test_batches_follow_the_authors_sampling(monkeypatch):
     train = pytest.importorskip("train")
     config = Config(image_size=24, load_size=30, batch_size=2, seed=3)
     A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
@@ -634,8 +653,10 @@ def test_batches_follow_the_authors_sampling():
     A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # a row tells the place of a crop
     seen, pairs, places = [], [], set()
     epochs = list(train.batches(Config(**{**vars(config), "epochs": 1, "decay_epochs": 1}), A, B,
-                                4, 0, 0))
-    assert [(e, s) for e, s, *_ in epochs] == [(e, s) for e in (0, 1) for s in range(4)]
+                                0, 0))
+    assert [(e, after) for e, after, *_ in epochs] == [
+        (0, (0, 2)), (0, (0, 4)), (0, (0, 6)), (0, (1, 0)),
+        (1, (1, 2)), (1, (1, 4)), (1, (1, 6)), (1, (2, 0))]
     for epoch in (0, 1):
         x = np.concatenate([x for e, _, x, _ in epochs if e == epoch])
         y = np.concatenate([y for e, _, _, y in epochs if e == epoch])
@@ -645,11 +666,17 @@ def test_batches_follow_the_authors_sampling():
         places |= {int(v) // 8 for v in x[:, 0, 0, 0]}
         assert set(seen[-1][:7]) == set(range(7)) and seen[-1][7] == seen[-1][0]  # each, then again
     assert seen[0] != seen[1] and set(pairs[0]) != set(pairs[1]) and len(places) > 3
-    again = train.batch(config, A, B, 1, 2)
+    again = train.batch(config, A, B, 1, 4)
     assert all((a == b).all() for a, b in zip(again, epochs[6][2:]))  # of the place alone
     big = np.arange(30, dtype=np.uint8)[None, None, :, None] + np.zeros((1, 30, 30, 3), np.uint8)
     flips = [train.batch(config, big, big, 0, s)[0][0, 0, :, 0] for s in range(60)]
     assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
+    monkeypatch.setattr(train, "WORLD", 2)  # two processes share a batch of twice the size
+    single, parts = Config(**{**vars(config), "batch_size": 1}), []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        parts.append(train.batch(single, A, B, 1, 4))
+    assert all((np.concatenate(part) == b).all() for *part, b in zip(*parts, again))
 
 
 def test_the_decaying_rate_reaches_adam(place):
@@ -697,6 +724,131 @@ def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
     assert one[1] == two[1] and one[0].steps == steps + 7
     one, two = (tmp_path / name / "losses.csv" for name in ("stopped", "whole"))
     assert one.read_text() == two.read_text()
+
+
+def launch(folder, *arguments, processes=1, **options):
+    """Starts train.py in a folder, by torchrun if it shall be several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []),
+                             HERE / "train.py", *map(str, arguments)], cwd=folder, text=True,
+                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            **options)
+
+
+def wait_for(process, beginning):
+    return next(line for line in process.stdout if line.startswith(beginning))
+
+
+def logged_steps(folder):
+    return [int(line.split(",")[0]) for line in
+            (folder / "losses.csv").read_text().splitlines()[1:]]
+
+
+def test_a_run_has_one_training_at_a_time_and_outlives_kill_9(place, tmp_path):
+    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
+    killed = launch(tmp_path, *data, "--save-minutes", "1e-9", "--sample-every", "3")
+    wait_for(killed, "epoch 4/")
+    for arguments in (["--resume", "run"], data):
+        status, _, err = run(tmp_path, "train.py", *arguments)
+        assert status == 1 and len(err.splitlines()) == 1, err
+        assert "another training" in err or "--out run is not empty" in err
+    killed.kill()
+    killed.communicate()
+    for name in ("latest.pt", "cache/A-0123.bytes", "samples/epoch_0007.png"):  # half written
+        (tmp_path / "run" / f"{name}.part").write_bytes(b"PK")
+    steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
+    assert steps >= 15  # saved after every step
+    ok(tmp_path, "train.py", "--resume", "run", "--max-steps", steps + 12)
+    assert not list((tmp_path / "run").rglob("*.part"))
+    assert logged_steps(tmp_path / "run") == list(range(1, steps + 13))
+    after = load_checkpoint(tmp_path / "run" / "latest.pt")[1]
+    assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3  # --resume alone is enough
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "latest.pt.part").write_bytes(b"PK")  # killed before the first checkpoint
+    ok(tmp_path, "train.py", *data[:-1], "begun", "--max-steps", 1)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path):
+    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
+    ok(tmp_path, "train.py", *data, "--max-steps", 1)
+    before = (tmp_path / "run" / "latest.pt").read_bytes()
+    for limit, file in ((len(before) // 2, "latest.pt"), (100, "losses.csv")):
+        full = launch(tmp_path, "--resume", "run", preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (limit, limit)))
+        err = full.communicate(timeout=60)[1]
+        assert full.returncode == 1 and f"cannot write run/{file}" in err
+        assert len(err.splitlines()) == 1, err
+        assert (tmp_path / "run" / "latest.pt").read_bytes() == before
+        assert not list((tmp_path / "run").rglob("*.part"))
+    ok(tmp_path, "train.py", "--resume", "run", "--max-steps", 3)
+    assert logged_steps(tmp_path / "run") == [1, 2, 3]
+
+
+PART_OF_A_STEP = """
+import sys, torch, torch.distributed as dist
+from cyclegan import Config, CycleGAN
+from test_cyclegan import TINY, noise, state_of
+dist.init_process_group("gloo")
+rank, model = dist.get_rank(), CycleGAN(Config(**TINY, buffer_size=2)).double()
+for k in range(4):
+    x, y = (noise(2, 3, 32, 32, seed=k + s)[rank:rank + 1] for s in (0, 9))
+    losses = model.step(x, y)
+torch.save([*state_of(model), *losses.values()], f"rank{rank}.pt")
+"""
+
+
+def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
+    (tmp_path / "part.py").write_text(PART_OF_A_STEP)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                    "part.py"], cwd=tmp_path, check=True, capture_output=True,
+                   env={**ENVIRONMENT, "PYTHONPATH": str(HERE)})
+    model = CycleGAN(Config(**TINY, buffer_size=2)).double()
+    for k in range(4):
+        losses = model.step(*(noise(2, 3, 32, 32, seed=k + s) for s in (0, 9)))
+    parts = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    for one, two, whole in zip(*parts, [*state_of(model), *losses.values()], strict=True):
+        assert torch.equal(one, two)  # the processes agree to the last bit
+        assert (one - whole).abs().max() < 1e-12 if one.numel() else one.shape == whole.shape
+
+
+def test_two_processes_train_as_one_and_hand_over(place, tmp_path):
+    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--epochs", 1,
+            "--decay-epochs", 1]
+    pair = launch(tmp_path, *data, "--out", "two", processes=2)
+    out, err = pair.communicate(timeout=120)
+    assert pair.returncode == 0, err
+    assert out.count("finished after step 6") == 1 == out.count("A: 5 pictures")
+    ok(tmp_path, "train.py", *data, "--batch-size", 2, "--out", "one")
+    one, two = (np.loadtxt(tmp_path / name / "losses.csv", delimiter=",", skiprows=1)
+                for name in ("one", "two"))
+    assert np.allclose(one, two, rtol=1e-4)  # float32; sums differ in their order
+    ok(tmp_path, "train.py", "--resume", "two", "--epochs", 2)  # 5 steps of one picture more
+    assert logged_steps(tmp_path / "two") == list(range(1, 12))
+    stopped = ok(tmp_path, "train.py", *data, "--max-steps", 2, "--out", "handed")
+    assert "stopped after step 2" in stopped
+    pair = launch(tmp_path, "--resume", "handed", processes=2)  # 2 steps to 5 pictures, then 3
+    out, err = pair.communicate(timeout=120)
+    assert "finished after step 7" in out, err
+
+
+def test_the_end_of_one_process_ends_the_other(place, tmp_path):
+    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
+    pair = launch(tmp_path, *data, processes=2)
+    wait_for(pair, "epoch 2/")
+    workers = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    out, err = pair.communicate(timeout=30)
+    assert pair.returncode and "train.py (rank 0): another process of this run has ended" in err
+    assert err.count("Traceback") == 1  # torchrun's own
+    steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
+    pair = launch(tmp_path, "--resume", "run", processes=2)
+    wait_for(pair, f"run run from step {steps} on")
+    wait_for(pair, f"epoch {steps // 3 + 2}/")
+    pair.send_signal(signal.SIGTERM)  # which torchrun hands on
+    out, err = pair.communicate(timeout=30)
+    assert "all is saved in run; go on with" in out, err
+    steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
+    assert logged_steps(tmp_path / "run") == list(range(1, steps + 1))
 
 
 def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
@@ -771,7 +923,8 @@ def bad(place):
                     ignore=shutil.ignore_patterns("cache"))
     shutil.copy(place / "apples" / "apples 0.png", place / "some" / ("l" * 251 + ".png"))
     (place / "file").write_text("a file")
-    shutil.copytree(place / "trained", place / "cut")
+    for name in ("cut", "other", "fewer"):  # a run of its own for each, as they go side by side
+        shutil.copytree(place / "trained", place / name)
     (place / "cut" / "latest.pt").write_bytes((place / "trained" / "latest.pt").read_bytes()[:5000])
     shutil.copytree(place / "trained", place / "text")
     (place / "text" / "latest.pt").write_text("hello")
@@ -795,8 +948,9 @@ MISTAKES = {
     "checkpoint cut short": (["train.py", "--resume", "cut"], "cut/latest.pt"),
     "not a checkpoint": (["train.py", "--resume", "text"], "text/latest.pt"),
     "other settings": (["train.py", "--resume", "trained", "--width", "5"], "--width 5"),
-    "other pictures": (["train.py", "--resume", "trained", "--dataA", "oranges"], "--dataA"),
-    "fewer epochs": (["train.py", "--resume", "trained", "--epochs", "1"], "--epochs 1"),
+    "other pictures": (["train.py", "--resume", "other", "--dataA", "oranges"], "--dataA"),
+    "fewer epochs": (["train.py", "--resume", "fewer", "--epochs", "1"], "--epochs 1"),
+    "not a run": (["train.py", "--resume", "apples"], "--resume apples"),
     "loss not finite": ([*DATA, "--lr", "1e30", "--out", "exploded"], "is nan at step"),
     "weights not finite": ([*DATA, "--lr", "1e39", "--max-steps", "1", "--out", "overflowed"],
                            "a weight is not finite after step 1"),

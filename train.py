@@ -40,6 +40,9 @@ TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or 
 LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
 DEMO_FOLDERS, DEMO_SCENES, DEMO_HELD_OUT = ["pictures/apples", "pictures/oranges"], 200, 32
+HABITS = dict(save_every=50, save_minutes=10.0, sample_every=1)  # may change on resume
+PLACE = {"epoch": int, "done": int, "demo": bool, "data": list,  # where in its run a checkpoint is
+         **{name: type(value) for name, value in HABITS.items()}}
 TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
 RANK, LOCAL_RANK, WORLD = (  # set by torchrun; the process of rank 0 alone writes and prints
     int(os.environ.get(name, alone)) for name, alone in
@@ -64,11 +67,11 @@ def parse():
     add("--precision", choices=("auto", "fp32", "bf16"),
         help="arithmetic of the networks (default: bf16 on a CUDA GPU that has it, else fp32)")
     add("--max-steps", type=positive, default=math.inf, metavar="N", help="stop after step N")
-    add("--save-every", type=positive, default=50, metavar="N",
+    add("--save-every", type=positive, metavar="N",
         help="keep the checkpoint of every Nth epoch as epoch_0050.pt and so on (default: 50)")
-    add("--save-minutes", type=float, default=10, metavar="M",
+    add("--save-minutes", type=float, metavar="M",
         help="save every M minutes, besides after every epoch (default: 10)")
-    add("--sample-every", type=positive, default=1, metavar="N",
+    add("--sample-every", type=positive, metavar="N",
         help="draw samples after every Nth epoch (default: 1)")
     add = parser.add_argument_group("method; the demo has smaller defaults").add_argument
     automatic = {"load_size": "image size x 286 / 256", "blocks": "9, but 6 if image size < 256"}
@@ -335,15 +338,19 @@ def begin(given, device):
         precision = "bf16" if native else "fp32"
     run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
     place = {"epoch": 0, "done": 0, "demo": not folders,
-             "data": list(map(str, folders)) or DEMO_FOLDERS}
+             "data": list(map(str, folders)) or DEMO_FOLDERS,
+             **{name: given.get(name, usual) for name, usual in HABITS.items()}}
     save_checkpoint(run / "latest.pt", CycleGAN(config, device, precision), place)
     return run
 
 def resume(run, saved, given, device):
     """The model and the place in a run's checkpoint. Refuses flags that contradict it."""
     model, place = load_checkpoint(run / "latest.pt", device, saved)
-    if "step" in place:  # of the first release
-        place["done"] = place.pop("step") * model.config.batch_size
+    if "step" in place:  # as the first release counted
+        place = {**place, "done": place.pop("step") * model.config.batch_size, **HABITS}
+    if {name: type(value) for name, value in dict(place).items()} != PLACE:
+        raise UserError(f"{run / 'latest.pt'} does not say where its run is; it is of another kind")
+    place.update({name: given[name] for name in HABITS if name in given})
     was = {**asdict(model.config), "precision": model.precision, "out": os.path.realpath(run),
            **{f"data{x}": os.path.realpath(run / data) for x, data in zip("AB", place["data"])}}
     for name, value in given.items():
@@ -418,21 +425,21 @@ def sample_grid(model, A, B):
                                            constant_values=255) for picture in row], 1))
     return np.concatenate(rows)
 
-def save(run, model, place, options):
+def save(run, model, place):
     """Writes latest.pt, and before it, so that none is ever missing, the copy of an Nth epoch."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(f"a weight is not finite after step {model.steps}; {TOO_FAR}")
-    if place["done"] == 0 and place["epoch"] % options.save_every == 0:
+    if place["done"] == 0 and place["epoch"] % place["save_every"] == 0:
         save_checkpoint(run / f"epoch_{place['epoch']:04}.pt", model, place)
     save_checkpoint(run / "latest.pt", model, place)
 
-def train(run, model, place, options, group):
+def train(run, model, place, max_steps, group):
     """Trains to the end, or to --max-steps, Ctrl-C or SIGTERM. Returns the exit status."""
     config, device = model.config, next(model.parameters()).device
     A, B = open_pictures(run, place, config.load_size, group)
     count, size = max(len(A), len(B)), WORLD * config.batch_size
     epochs = config.epochs + config.decay_epochs
-    last = min(options.max_steps, model.steps + math.ceil(max(1, count - place["done"]) / size)
+    last = min(max_steps, model.steps + math.ceil(max(1, count - place["done"]) / size)
                + (epochs - place["epoch"] - 1) * math.ceil(count / size))
     if model.steps >= last:
         say(f"nothing to do: {run} has done step {model.steps} of {last}")
@@ -458,7 +465,7 @@ def train(run, model, place, options, group):
         rate = learning_rate(config, epoch)
         model.set_learning_rate(rate)
         losses, now = model.step(x, y), time.perf_counter()
-        stopped, due = agree(group, bool(signals), now - saved > 60 * options.save_minutes)
+        stopped, due = agree(group, bool(signals), now - saved > 60 * place["save_minutes"])
         ended, stopped = after[1] == 0, stopped or model.steps >= last
         due = due or ended or stopped
         place.update(epoch=after[0], done=after[1])
@@ -475,11 +482,11 @@ def train(run, model, place, options, group):
                     f"{2 * size / pace:.1f} pictures/s {waited / (now - shown):.0%} waiting"
                     + f" | peak {memory:.1f} GiB" * bool(memory), passing=not (ended or stopped))
                 shown, shown_step, waited = now, model.steps, 0.0
-            if ended and (epoch + 1) % options.sample_every == 0:
+            if ended and (epoch + 1) % place["sample_every"] == 0:
                 grid = png(sample_grid(model, A, B))
                 write_file(run / "samples" / f"epoch_{epoch + 1:04}.png", [grid])
             if due:
-                save(run, model, place, options)
+                save(run, model, place)
         saved = time.perf_counter() if due else saved
         if stopped:
             break
@@ -501,7 +508,7 @@ def main():
     try:
         device = pick_device(options.device)
         group = connect(device)
-        return train(*start(vars(options), device, group), options, group)
+        return train(*start(vars(options), device, group), options.max_steps, group)
     except UserError as error:
         reason = error
     except OSError as error:
