@@ -588,15 +588,15 @@ def test_translations_have_the_size_of_their_picture(height, width):
 
 # ---- The programs, run for real ------------------------------------------------------------------
 
-ENVIRONMENT = {**os.environ,
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1",  # the fastest for networks so small
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run(folder, *arguments, **environment):
+def run(folder, *arguments):
     """Runs one of the programs in a folder, -> (exit status, standard output, standard error)."""
     program, *rest = map(str, arguments)
     done = subprocess.run([sys.executable, HERE / program, *rest], cwd=folder, capture_output=True,
-                          env={**ENVIRONMENT, **environment}, text=True, timeout=300)
+                          env=ENVIRONMENT, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 
@@ -698,34 +698,6 @@ def test_small_domains_are_drawn_from_for_the_whole_epoch(place):
     assert "new run runs/oranges-apples-2" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted_and_resumed_equals_uninterrupted(place, number, tmp_path):
-    data = ["train.py", "--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS,
-            "--buffer-size", "3"]
-    process = subprocess.Popen([sys.executable, HERE / data[0], *map(str, data[1:]), "--out",
-                                "stopped"],
-                               cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 3"):
-            process.send_signal(number)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 128 + number and "python train.py --resume stopped" in rest
-    steps = load_checkpoint(tmp_path / "stopped" / "latest.pt")[0].steps
-    assert f"stopped after step {steps};" in rest
-    if number != signal.SIGINT:
-        return  # what follows is the same for all
-    with open(tmp_path / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
-        log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
-    ok(tmp_path, "train.py", "--resume", "stopped", "--max-steps", steps + 7)
-    ok(tmp_path, *data, "--max-steps", steps + 7, "--out", "whole")
-    one, two = (load_checkpoint(tmp_path / name / "latest.pt") for name in ("stopped", "whole"))
-    assert all(torch.equal(a, b) for a, b in zip(state_of(one[0]), state_of(two[0]), strict=True))
-    assert one[1] == two[1] and one[0].steps == steps + 7
-    one, two = (tmp_path / name / "losses.csv" for name in ("stopped", "whole"))
-    assert one.read_text() == two.read_text()
-
-
 def launch(folder, *arguments, processes=1, **options):
     """Starts train.py in a folder, by torchrun if it shall be several processes."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
@@ -744,44 +716,58 @@ def logged_steps(folder):
             (folder / "losses.csv").read_text().splitlines()[1:]]
 
 
-def test_a_run_has_one_training_at_a_time_and_outlives_kill_9(place, tmp_path):
-    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
-    killed = launch(tmp_path, *data, "--save-minutes", "1e-9", "--sample-every", "3")
+def test_interrupted_and_resumed_equals_uninterrupted(place, tmp_path):
+    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--buffer-size", 3]
+    arguments, out = [*data, "--out", "stopped"], tmp_path / "stopped"
+    for epoch, number in ((3, signal.SIGINT), (6, signal.SIGTERM), (9, signal.SIGHUP)):
+        process = launch(tmp_path, *arguments)
+        wait_for(process, f"epoch {epoch}/")
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "python train.py --resume stopped" in rest
+        steps = load_checkpoint(out / "latest.pt")[0].steps
+        assert f"stopped after step {steps};" in rest
+        arguments = ["--resume", "stopped"]
+    with open(out / "losses.csv", "a") as log:  # as if killed after the checkpoint
+        log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
+    ok(tmp_path, "train.py", *arguments, "--max-steps", steps + 7)
+    ok(tmp_path, "train.py", *data, "--max-steps", steps + 7, "--out", "whole")
+    one, two = (load_checkpoint(tmp_path / name / "latest.pt") for name in ("stopped", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(state_of(one[0]), state_of(two[0]), strict=True))
+    assert one[1] == two[1] and one[0].steps == steps + 7
+    one, two = (tmp_path / name / "losses.csv" for name in ("stopped", "whole"))
+    assert one.read_text() == two.read_text()
+
+
+def test_kill_9_a_second_training_and_a_full_disk(place, tmp_path):
+    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS]
+    new = [*data, "--out", "run", "--save-minutes", 1e-9, "--sample-every", 3]
+    out, killed = tmp_path / "run", launch(tmp_path, *new)
     wait_for(killed, "epoch 4/")
-    for arguments in (["--resume", "run"], data):
+    for arguments, reason in ((["--resume", "run"], "another training"), (new, "not empty")):
         status, _, err = run(tmp_path, "train.py", *arguments)
-        assert status == 1 and len(err.splitlines()) == 1, err
-        assert "another training" in err or "--out run is not empty" in err
+        assert status == 1 and len(err.splitlines()) == 1 and reason in err, err
     killed.kill()
     killed.communicate()
     for name in ("latest.pt", "cache/A-0123.bytes", "samples/epoch_0007.png"):  # half written
-        (tmp_path / "run" / f"{name}.part").write_bytes(b"PK")
-    steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
+        (out / f"{name}.part").write_bytes(b"PK")
+    before = (out / "latest.pt").read_bytes()
+    steps = load_checkpoint(out / "latest.pt")[0].steps
     assert steps >= 15  # saved after every step
-    ok(tmp_path, "train.py", "--resume", "run", "--max-steps", steps + 12)
-    assert not list((tmp_path / "run").rglob("*.part"))
-    assert logged_steps(tmp_path / "run") == list(range(1, steps + 13))
-    after = load_checkpoint(tmp_path / "run" / "latest.pt")[1]
-    assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3  # --resume alone is enough
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "latest.pt.part").write_bytes(b"PK")  # killed before the first checkpoint
-    ok(tmp_path, "train.py", *data[:-1], "begun", "--max-steps", 1)
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(place, tmp_path):
-    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
-    ok(tmp_path, "train.py", *data, "--max-steps", 1)
-    before = (tmp_path / "run" / "latest.pt").read_bytes()
     for limit, file in ((len(before) // 2, "latest.pt"), (100, "losses.csv")):
         full = launch(tmp_path, "--resume", "run", preexec_fn=lambda: resource.setrlimit(
             resource.RLIMIT_FSIZE, (limit, limit)))
         err = full.communicate(timeout=60)[1]
-        assert full.returncode == 1 and f"cannot write run/{file}" in err
-        assert len(err.splitlines()) == 1, err
-        assert (tmp_path / "run" / "latest.pt").read_bytes() == before
-        assert not list((tmp_path / "run").rglob("*.part"))
-    ok(tmp_path, "train.py", "--resume", "run", "--max-steps", 3)
-    assert logged_steps(tmp_path / "run") == [1, 2, 3]
+        assert full.returncode == 1 and len(err.splitlines()) == 1, err
+        assert f"cannot write run/{file}" in err
+        assert (out / "latest.pt").read_bytes() == before and not list(out.rglob("*.part"))
+    ok(tmp_path, "train.py", "--resume", "run", "--max-steps", steps + 12)
+    assert logged_steps(out) == list(range(1, steps + 13))
+    after = load_checkpoint(out / "latest.pt")[1]
+    assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3  # --resume alone is enough
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "latest.pt.part").write_bytes(b"PK")  # killed before the first checkpoint
+    ok(tmp_path, "train.py", *data, "--out", "begun", "--max-steps", 1)
 
 
 PART_OF_A_STEP = """
@@ -814,21 +800,21 @@ def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
 def test_two_processes_train_as_one_and_hand_over(place, tmp_path):
     data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--epochs", 1,
             "--decay-epochs", 1]
-    pair = launch(tmp_path, *data, "--out", "two", processes=2)
-    out, err = pair.communicate(timeout=120)
-    assert pair.returncode == 0, err
-    assert out.count("finished after step 6") == 1 == out.count("A: 5 pictures")
-    ok(tmp_path, "train.py", *data, "--batch-size", 2, "--out", "one")
+    begun = [launch(tmp_path, *data, "--out", "two", processes=2),
+             launch(tmp_path, *data, "--out", "one", "--batch-size", 2),
+             launch(tmp_path, *data, "--out", "handed", "--max-steps", 2)]
+    outs, errs = zip(*(process.communicate(timeout=120) for process in begun))
+    assert "finished after step 6" in outs[0] and "stopped after step 2" in outs[2], errs
+    assert outs[0].count("finished") == 1 == outs[0].count("A: 5 pictures")
     one, two = (np.loadtxt(tmp_path / name / "losses.csv", delimiter=",", skiprows=1)
                 for name in ("one", "two"))
     assert np.allclose(one, two, rtol=1e-4)  # float32; sums differ in their order
-    ok(tmp_path, "train.py", "--resume", "two", "--epochs", 2)  # 5 steps of one picture more
+    assert not np.allclose(one[0, 3:], one[1, 3:], rtol=1e-4)  # the control: steps differ
+    resumed = [launch(tmp_path, "--resume", "two", "--epochs", 2),  # 5 steps of one picture more
+               launch(tmp_path, "--resume", "handed", processes=2)]  # 2 steps to 5 pictures, then 3
+    outs, errs = zip(*(process.communicate(timeout=120) for process in resumed))
+    assert "finished after step 11" in outs[0] and "finished after step 7" in outs[1], errs
     assert logged_steps(tmp_path / "two") == list(range(1, 12))
-    stopped = ok(tmp_path, "train.py", *data, "--max-steps", 2, "--out", "handed")
-    assert "stopped after step 2" in stopped
-    pair = launch(tmp_path, "--resume", "handed", processes=2)  # 2 steps to 5 pictures, then 3
-    out, err = pair.communicate(timeout=120)
-    assert "finished after step 7" in out, err
 
 
 def test_the_end_of_one_process_ends_the_other(place, tmp_path):
@@ -973,9 +959,8 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="module")
 def mistakes(bad):
     before = sorted(str(p) for p in bad.rglob("*"))
-    with ThreadPoolExecutor(2) as pool:  # PASSIVE, or two processes spin instead of working
-        results = dict(zip(MISTAKES, pool.map(
-            lambda case: run(bad, *case[0], OMP_WAIT_POLICY="PASSIVE"), MISTAKES.values())))
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(MISTAKES, pool.map(lambda case: run(bad, *case[0]), MISTAKES.values())))
     left = {Path(p).relative_to(bad).parts[0]
             for p in {str(p) for p in bad.rglob("*")} - set(before)}
     return results, left
@@ -1051,8 +1036,8 @@ def test_readme_commands_run_as_printed(place, tmp_path):
             line += " 1"  # round
         elif "train.py" in line:
             line += f" --max-steps {2 if '--resume' in line else 1}"
-        done = subprocess.run(line, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True,
-                              text=True)
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PATH": ENVIRONMENT["PATH"]})
         if "--device cuda" in line and not torch.cuda.is_available():
             assert done.returncode == 1 and done.stderr.startswith("train.py: --device cuda: ")
             continue

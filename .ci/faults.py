@@ -56,11 +56,11 @@ def run(*arguments, **options):
     return process.returncode, out, err
 
 
-def draw(folder, count, seed, suffix="png"):
+def draw(folder, count, seed, height=40):
     Path(folder).mkdir(parents=True)
     for k in range(count):
-        picture = np.random.default_rng([seed, k]).integers(256, size=(40, 30 + k % 7, 3))
-        Image.fromarray(picture.astype(np.uint8)).save(Path(folder, f"{k:04}.{suffix}"))
+        picture = np.random.default_rng([seed, k]).integers(256, size=(height, 30 + k % 7, 3))
+        Image.fromarray(picture.astype(np.uint8)).save(Path(folder, f"{k:04}.png"))
 
 
 def state(path):
@@ -75,7 +75,7 @@ def state(path):
 def same(one, two):
     """Whether two runs ended with the same bits, the same log, the same samples."""
     assert state(one / "latest.pt") == state(two / "latest.pt"), (one, two)
-    names = ["losses.csv", *(f"samples/{path.name}" for path in (two / "samples").iterdir())]
+    names = ["losses.csv", *(f"samples/{path.name}" for path in two.glob("samples/*"))]
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), (one, name)
     for path in two.glob("epoch_*.pt"):
@@ -123,50 +123,62 @@ def signals(count=10):
 
 def kills(count=50):
     """kill -9 while training, saving, building the cache or writing samples, then resume."""
+    draw("crowd", 400, 2, height=1000)  # takes a second to read
+    crowd = [*FLAGS, "--dataA", "crowd", "--max-steps", 10]
+    assert run(*crowd, "--out", "reference-crowd")[0] == 0
+
     def trial(k):
-        chance, out = random.Random(f"kills {k}"), Path(f"killed{k}")
+        chance, out, building = random.Random(f"kills {k}"), Path(f"killed{k}"), k % 5 == 0
+        flags = crowd if building else FLAGS
         saving = ["--save-minutes", 1e-9] if k % 2 else []  # a checkpoint after every step
-        process = start(*FLAGS, "--out", out, *saving)
-        building = k % 5 == 0
-        line = wait_for(process, "" if building else f"epoch {1 + chance.randrange(12)}/")
-        time.sleep(chance.random() / (50 if building else 5))
+        process = start(*flags, "--out", out, *saving)
+        wait_for(process, "new run" if building else f"epoch {1 + chance.randrange(12)}/")
+        time.sleep(chance.random() * (1.0 if building else 0.2))
         process.kill()
-        rest = process.stdout.read()
-        process.wait()
-        process.stderr.close()
-        left = [path.name for path in out.rglob("*.part")]
-        before = whole(out)
-        reached = [int(n) for n in re.findall(r" step (\d+)/", line + rest)]
-        logged = len((out / "losses.csv").read_text().splitlines()) - 1 if before else 0
-        again = run("--resume", out) if before is not None else run(*FLAGS, "--out", out)
-        assert again[0] == 0, again
-        same(out, Path("reference"))
-        return bool(left), before, max([logged, *reached]) - (before or 0), building
-    trials = side_by_side(trial, count)
-    return (f"{count} killed, {sum(t[3] for t in trials)} of them while it began, "
-            f"{sum(t[0] for t in trials)} left a half-written file; all resumed to the same bits; "
-            f"at most {max(t[2] for t in trials)} logged steps done again (an epoch has 8)")
+        process.communicate()
+        parts = [path.name for path in out.rglob("*.part")]
+        saved, log = whole(out), out / "losses.csv"
+        logged = len(log.read_text().splitlines()) - 1 if log.exists() else 0
+        status, _, err = run("--resume", out, *(["--max-steps", 10] if building else []))
+        assert status == 0, err
+        same(out, Path("reference-crowd" if building else "reference"))
+        return parts, max(0, logged - saved)
+    parts, again = zip(*side_by_side(trial, count))
+    cut = [re.sub("-[0-9a-f]{16}", "", name) for names in parts for name in names]
+    return (f"{count} killed, {len(cut)} half-written files left ({', '.join(sorted(set(cut)))}); "
+            f"all resumed to the same bits; at most {max(again)} logged steps done again "
+            "(an epoch has 8)")
 
 
 def full_disk(count=5):
-    """No space for the next checkpoint: a limit on the size of files."""
-    size = Path("reference/latest.pt").stat().st_size
-
-    def trial(k):
+    """No space for the next checkpoint: a limit on the size of files, or a small tmpfs if allowed."""
+    size, told = Path("reference/latest.pt").stat().st_size, set()
+    small = Path("small")
+    small.mkdir()
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "none",
+                                  small], stderr=subprocess.DEVNULL).returncode
+    for k in range(count):
         out, limit = Path(f"full{k}"), size * (2 * k + 5) // 20
-
-        def limited():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+        if mounted and k % 2:
+            out, limits = small / f"full{k}", {}
         assert run(*FLAGS, "--out", out, "--max-steps", 1)[0] == 0
-        before = (out / "latest.pt").read_bytes()
-        status, _, err = run("--resume", out, preexec_fn=limited)
+        before = whole(out)
+        if not limits:  # fills it
+            Path(small, "other").write_bytes(bytes(size * 3 // 2 - 4096 * 20 - sum(
+                path.stat().st_size for path in out.rglob("*") if path.is_file())))
+        status, _, err = run("--resume", out, **limits)
         assert status == 1 and len(err.splitlines()) == 1 and "cannot write" in err, err
-        assert whole(out) >= 1 and (out / "latest.pt").stat().st_size <= max(limit, len(before))
-        assert not list(out.rglob("*.part"))
+        assert whole(out) >= before and not list(out.rglob("*.part"))
+        told.add(err.split(": ")[-1].strip())
+        if not limits:
+            Path(small, "other").unlink()
+            out = Path(shutil.move(out, f"full{k}"))
         assert run("--resume", out)[0] == 0
         same(out, Path("reference"))
-        return err.strip()
-    return f"{count} filled up; e.g. {side_by_side(trial, count)[0]}"
+    if mounted:
+        subprocess.run(["umount", small], check=True)
+    return f"{count} filled up ({', '.join(sorted(told))}), all resumed to the same bits"
 
 
 class Malice:
