@@ -1,6 +1,6 @@
 """What must stay true of cyclegan.py, train.py and translate.py.
 
-    python -m pytest              all of it, two to three minutes on two CPU cores
+    python -m pytest              all of it, two to four minutes on two CPU cores
     python test_cyclegan.py       a benchmark: the fused step against the literal one
 """
 
@@ -771,11 +771,16 @@ def test_kill_9_a_second_training_and_a_full_disk(place, tmp_path):
 
 
 PART_OF_A_STEP = """
-import sys, torch, torch.distributed as dist
+import time, torch, train
 from cyclegan import Config, CycleGAN
 from test_cyclegan import TINY, noise, state_of
-dist.init_process_group("gloo")
-rank, model = dist.get_rank(), CycleGAN(Config(**TINY, buffer_size=2)).double()
+group, rank = train.connect(torch.device("cpu")), train.RANK
+assert train.agree(group, rank, -rank, False) == (1, 0, 0)
+began = time.perf_counter()
+time.sleep(1 - rank)
+train.agree(group)
+assert time.perf_counter() - began > 0.9  # they wait for each other
+model = CycleGAN(Config(**TINY, buffer_size=2)).double()
 for k in range(4):
     x, y = (noise(2, 3, 32, 32, seed=k + s)[rank:rank + 1] for s in (0, 9))
     losses = model.step(x, y)
@@ -1034,6 +1039,8 @@ def test_readme_commands_run_as_printed(place, tmp_path):
             line += " --collect-only"  # these are the tests that are running
         elif "test_cyclegan.py" in line:
             line += " 1"  # round
+        elif "torchrun" in line:
+            line = line.replace("-node 8", "-node 2") + " --device cpu --width 2 --max-steps 1"
         elif "train.py" in line:
             line += f" --max-steps {2 if '--resume' in line else 1}"
         done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True,

@@ -117,9 +117,9 @@ def connect(device):
 def agree(group, *values):
     """The largest of each value over all processes, for which this waits."""
     if group:
-        largest = torch.tensor(values, dtype=torch.int64)
+        largest = torch.tensor([0, *values], dtype=torch.int64)  # for no value nobody would wait
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        values = tuple(largest.tolist())
+        values = tuple(largest[1:].tolist())
     return values
 
 # ---- Pictures: decoded once into a file of bytes; a step crops and flips from there --------------
@@ -515,7 +515,7 @@ def main():
         reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            reason = "another process of this run has ended; go on with --resume"
+            reason = "another process of this run has ended; once that is mended, --resume goes on"
         elif isinstance(error, MemoryError) or "memory" in str(error):
             reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
         else:
