@@ -63,7 +63,7 @@ class Config:
         for f in fields(self):
             value, low = getattr(self, f.name), least.get(f.name, 0)
             if f.type is not str:
-                check(f.name, isinstance(value, (int, f.type)) and low <= value < math.inf,
+                check(f.name, isinstance(value, (int, f.type)) and low <= value < 1e300,
                       f"{'a whole' if f.type is int else 'a'} number, at least {low}")
         check("image_size", self.image_size % 4 == 0, "a multiple of 4")
         check("load_size", self.load_size >= self.image_size, f"{self.image_size} or more")
@@ -265,6 +265,8 @@ class ImageBuffer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shape = state_dict[prefix + "images"].shape  # not known before the first exchange
         self.images = self.images.new_zeros(self.size, *shape[1:])
+        if not 0 <= state_dict[prefix + "count"].item() <= self.size:
+            raise ValueError(f"{prefix}count is no number of images")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # ---- Training (Sec. 4 and 7.1) -------------------------------------------------------------------
@@ -394,10 +396,13 @@ def load_checkpoint(path, device="cpu", saved=None):
         model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
         model.load_state_dict(saved["model"])
         model.steps = int(saved["steps"])
+        if not 0 <= model.steps < 2**48:
+            raise ValueError(f"{model.steps} steps")
         for adam, state in zip((model.adam_G, model.adam_D), saved["adams"], strict=True):
             adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
         return model, saved["place"]
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+            RuntimeError) as error:
         raise UserError(f"{path} is no checkpoint of a run ({error})") from error
 
 def load_generator(path, direction="AtoB", device="cpu"):

@@ -501,12 +501,33 @@ def test_damaged_checkpoints_are_refused(tmp_path):
                 load(tmp_path / name)
 
 
+START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
+         "save_every": 1, "save_minutes": 1.0, "sample_every": 1}
+
+
+@pytest.mark.parametrize("place", [
+    None, [], {}, {**START, "epoch": "1"}, {**START, "done": -1}, {**START, "data": ["a"]},
+    {**START, "data": [1, 2]}, {**START, "save_every": 0}, {**START, "done": 10**30}])
+def test_checkpoints_that_do_not_say_where_they_are_are_refused(place, tmp_path):
+    train = pytest.importorskip("train")
+    save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY)), place)
+    with pytest.raises(UserError, match="latest.pt is damaged"):
+        train.resume(tmp_path, None, {}, torch.device("cpu"))
+
+
+def test_run_of_the_first_release_goes_on(tmp_path):
+    train = pytest.importorskip("train")
+    save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY, batch_size=3)),
+                    {"epoch": 2, "step": 5, "demo": False, "data": ["a", "b"]})
+    _, place = train.resume(tmp_path, None, {"save_every": 7}, torch.device("cpu"))
+    assert place == {"epoch": 2, "done": 15, "demo": False, "data": ["a", "b"], "save_every": 7,
+                     "save_minutes": 10.0, "sample_every": 1}
+
+
 def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
-    config = Config(**TINY, epochs=1, decay_epochs=0)
     (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(config), {
-        "epoch": 0, "done": 0, "demo": True, "data": ["../outside/apples", "../outside/oranges"],
-        "save_every": 1, "save_minutes": 1.0, "sample_every": 1})
+    save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(Config(**TINY)),
+                    {**START, "data": ["../outside/apples", "../outside/oranges"]})
     status, _, err = run(tmp_path, "train.py", "--resume", "run")
     assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
 

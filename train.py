@@ -39,10 +39,10 @@ else:
 TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or --precision fp32"
 LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
-DEMO_FOLDERS, DEMO_SCENES, DEMO_HELD_OUT = ["pictures/apples", "pictures/oranges"], 200, 32
+DEMO_SCENES, DEMO_HELD_OUT = 200, 32
 HABITS = dict(save_every=50, save_minutes=10.0, sample_every=1)  # may change on resume
-PLACE = {"epoch": int, "done": int, "demo": bool, "data": list,  # where in its run a checkpoint is
-         **{name: type(value) for name, value in HABITS.items()}}
+START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
+         **HABITS}  # where in its run a checkpoint is
 TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
 RANK, LOCAL_RANK, WORLD = (  # set by torchrun; the process of rank 0 alone writes and prints
     int(os.environ.get(name, alone)) for name, alone in
@@ -264,7 +264,7 @@ def paint(scene, kind, side):
 
 def draw_demo(run, side):
     """Fills the two folders with what they lack: other scenes as apples than as oranges."""
-    for domain, folder in enumerate(run / name for name in DEMO_FOLDERS):
+    for domain, folder in enumerate(run / name for name in START["data"]):
         for i in range(DEMO_SCENES):
             path = folder / f"{i:03}.png"
             if not path.exists():
@@ -337,19 +337,23 @@ def begin(given, device):
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
     run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
-    place = {"epoch": 0, "done": 0, "demo": not folders,
-             "data": list(map(str, folders)) or DEMO_FOLDERS,
-             **{name: given.get(name, usual) for name, usual in HABITS.items()}}
+    place = {**START, **{name: given[name] for name in HABITS if name in given}}
+    if folders:
+        place.update(demo=False, data=list(map(str, folders)))
     save_checkpoint(run / "latest.pt", CycleGAN(config, device, precision), place)
     return run
 
 def resume(run, saved, given, device):
     """The model and the place in a run's checkpoint. Refuses flags that contradict it."""
     model, place = load_checkpoint(run / "latest.pt", device, saved)
-    if "step" in place:  # as the first release counted
-        place = {**place, "done": place.pop("step") * model.config.batch_size, **HABITS}
-    if {name: type(value) for name, value in dict(place).items()} != PLACE:
-        raise UserError(f"{run / 'latest.pt'} does not say where its run is; it is of another kind")
+    if isinstance(place, dict) and "step" in place:  # as the first release counted
+        place = {**HABITS, "done": place.pop("step") * model.config.batch_size, **place}
+    if not (isinstance(place, dict) and place.keys() == START.keys()
+            and all(type(place[name]) is type(value) for name, value in START.items())
+            and [type(folder) for folder in place["data"]] == [str, str]
+            and all(0 <= place[name] < 2**48 for name in ("epoch", "done"))
+            and all(place[name] > 0 for name in ("save_every", "sample_every"))):
+        raise UserError(f"{run / 'latest.pt'} is damaged: it does not say how far its run is")
     place.update({name: given[name] for name in HABITS if name in given})
     was = {**asdict(model.config), "precision": model.precision, "out": os.path.realpath(run),
            **{f"data{x}": os.path.realpath(run / data) for x, data in zip("AB", place["data"])}}
@@ -492,6 +496,8 @@ def train(run, model, place, max_steps, group):
             break
         idle = time.perf_counter()
     agree(group)  # the others wait until rank 0 has saved
+    if group:
+        dist.destroy_process_group()
     if place["demo"] and not signals and RANK == 0:
         judge_demo(model, config.load_size)
     finished = place["epoch"] == epochs

@@ -48,9 +48,11 @@ def trained_on(checkpoint, run, direction):
     """The folder of the pictures from which a run learned to translate in this direction."""
     path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
     saved = read_checkpoint(path) if path.is_file() else {}
-    if "place" not in saved:
-        raise UserError(f"{checkpoint} is of no run; name the pictures that it should translate")
-    return run / saved["place"]["data"][direction == "BtoA"]
+    try:
+        return run / saved["place"]["data"][direction == "BtoA"]
+    except (IndexError, KeyError, TypeError):
+        raise UserError(f"{checkpoint} is of no run; name the pictures that it should translate"
+                        ) from None
 
 def plan(inputs, out):
     """[(source, target)]: folders keep their structure, names end in .png, no target stands twice.
