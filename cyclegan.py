@@ -71,7 +71,7 @@ class Config:
         check("lr", self.lr > 0, "above 0")
         check("beta1", self.beta1 < 1, "below 1")
         check("seed", self.seed < 2**63, "below 2^63")
-        check("epochs", self.epochs + self.decay_epochs > 0, "above 0 if decay_epochs is 0")
+        check("epochs", 0 < self.epochs + self.decay_epochs < 10**6, "1 to 10^6 with decay_epochs")
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # No bias stands before an InstanceNorm, which would subtract it again.
@@ -400,6 +400,11 @@ def load_checkpoint(path, device="cpu", saved=None):
             raise ValueError(f"{model.steps} steps")
         for adam, state in zip((model.adam_G, model.adam_D), saved["adams"], strict=True):
             adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
+            for parameter, moments in adam.state.items():  # of another shape they would crash it
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if moments[name].shape != parameter.shape or moments["step"].numel() != 1:
+                        raise ValueError(f"{name} is of no parameter")
+                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
         return model, saved["place"]
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
             RuntimeError) as error:

@@ -507,7 +507,8 @@ START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictu
 
 @pytest.mark.parametrize("place", [
     None, [], {}, {**START, "epoch": "1"}, {**START, "done": -1}, {**START, "data": ["a"]},
-    {**START, "data": [1, 2]}, {**START, "save_every": 0}, {**START, "done": 10**30}])
+    {**START, "data": [1, 2]}, {**START, "save_every": 0}, {**START, "done": 10**30},
+    {**START, "data": ["a\0", "b"]}])
 def test_checkpoints_that_do_not_say_where_they_are_are_refused(place, tmp_path):
     train = pytest.importorskip("train")
     save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY)), place)
@@ -530,6 +531,20 @@ def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
                     {**START, "data": ["../outside/apples", "../outside/oranges"]})
     status, _, err = run(tmp_path, "train.py", "--resume", "run")
     assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("exp_avg", torch.zeros(3)), ("exp_avg_sq", torch.zeros(1)), ("exp_avg", None),
+    ("step", torch.zeros(4))])
+def test_moments_of_other_shapes_are_refused(name, value, tmp_path):
+    model = CycleGAN(Config(**TINY))
+    model.step(*(noise(1, 3, 32, 32, dtype=torch.float32) for _ in "xy"))
+    save_checkpoint(tmp_path / "a.pt", model, START)
+    saved = torch.load(tmp_path / "a.pt")
+    saved["adams"][1][0][name] = value  # the fused Adam would write past its end
+    torch.save(saved, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt"):
+        load_checkpoint(tmp_path / "a.pt")
 
 
 class Malice:
@@ -764,6 +779,8 @@ def test_kill_9_a_second_training_and_a_full_disk(place, tmp_path):
     data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS]
     new = [*data, "--out", "run", "--save-minutes", 1e-9, "--sample-every", 3]
     out, killed = tmp_path / "run", launch(tmp_path, *new)
+    wait_for(killed, "new run")
+    assert load_checkpoint(out / "latest.pt")[1]["sample_every"] == 3  # from the beginning
     wait_for(killed, "epoch 4/")
     for arguments, reason in ((["--resume", "run"], "another training"), (new, "not empty")):
         status, _, err = run(tmp_path, "train.py", *arguments)
@@ -787,7 +804,8 @@ def test_kill_9_a_second_training_and_a_full_disk(place, tmp_path):
     after = load_checkpoint(out / "latest.pt")[1]
     assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3  # --resume alone is enough
     (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / "latest.pt.part").write_bytes(b"PK")  # killed before the first checkpoint
+    for name in (".lock", "latest.pt.part"):  # killed before the first checkpoint
+        (tmp_path / "begun" / name).write_bytes(b"PK")
     ok(tmp_path, "train.py", *data, "--out", "begun", "--max-steps", 1)
 
 
@@ -832,6 +850,7 @@ def test_two_processes_train_as_one_and_hand_over(place, tmp_path):
     outs, errs = zip(*(process.communicate(timeout=120) for process in begun))
     assert "finished after step 6" in outs[0] and "stopped after step 2" in outs[2], errs
     assert outs[0].count("finished") == 1 == outs[0].count("A: 5 pictures")
+    assert "step 6/6 |" in outs[0] and "step 2/2 |" in outs[2]
     one, two = (np.loadtxt(tmp_path / name / "losses.csv", delimiter=",", skiprows=1)
                 for name in ("one", "two"))
     assert np.allclose(one, two, rtol=1e-4)  # float32; sums differ in their order
@@ -843,12 +862,28 @@ def test_two_processes_train_as_one_and_hand_over(place, tmp_path):
     assert logged_steps(tmp_path / "two") == list(range(1, 12))
 
 
+def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
+    train = pytest.importorskip("train")
+    place = {"demo": False, "data": ["A", "B"]}
+    for rank, local_rank, turn in ((0, 0, 0), (8, 0, 1), (1, 1, 2), (9, 1, 2)):
+        done = []
+        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
+        monkeypatch.setattr(train, "agree", lambda _, *values: done.append("wait") or values)
+        monkeypatch.setattr(train, "cached", lambda folder, *_: done.append(folder.name) or [])
+        train.open_pictures(Path("run"), place, 28, None)
+        assert done.index("A") == done.index("B") - 1 == turn and done.count("wait") == 4
+
+
+def workers_of(torchrun):
+    return Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+
+
 def test_the_end_of_one_process_ends_the_other(place, tmp_path):
     data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
     pair = launch(tmp_path, *data, processes=2)
     wait_for(pair, "epoch 2/")
-    workers = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
-    os.kill(int(workers[1]), signal.SIGKILL)
+    os.kill(int(workers_of(pair)[1]), signal.SIGKILL)
     out, err = pair.communicate(timeout=30)
     assert pair.returncode and "train.py (rank 0): another process of this run has ended" in err
     assert err.count("Traceback") == 1  # torchrun's own
@@ -856,7 +891,7 @@ def test_the_end_of_one_process_ends_the_other(place, tmp_path):
     pair = launch(tmp_path, "--resume", "run", processes=2)
     wait_for(pair, f"run run from step {steps} on")
     wait_for(pair, f"epoch {steps // 3 + 2}/")
-    pair.send_signal(signal.SIGTERM)  # which torchrun hands on
+    os.kill(int(workers_of(pair)[1]), signal.SIGTERM)  # one stops, and the other with it
     out, err = pair.communicate(timeout=30)
     assert "all is saved in run; go on with" in out, err
     steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
@@ -1021,9 +1056,12 @@ def test_changed_folder_is_read_again(bad):
     arguments = ["train.py", "--dataA", "growing", "--dataB", "oranges", *FLAGS, "--out", "grown"]
     ok(bad, *arguments, "--max-steps", 1)
     [cache] = (bad / "grown" / "cache").glob("A-*")
-    made = cache.stat().st_mtime_ns
+    made, whole = cache.stat().st_mtime_ns, cache.read_bytes()
     ok(bad, "train.py", "--resume", "grown", "--max-steps", 2)
     assert cache.stat().st_mtime_ns == made
+    cache.write_bytes(whole[:5000])
+    assert "A: 5 pictures" in ok(bad, "train.py", "--resume", "grown", "--max-steps", 2)
+    assert cache.read_bytes() == whole
     shutil.copy(bad / "oranges" / "oranges 0.png", bad / "growing")
     (bad / "growing" / "nowhere.png").symlink_to("there is no such file")
     assert "nowhere.png" in ok(bad, "train.py", "--resume", "grown", "--max-steps", 3)

@@ -44,9 +44,9 @@ HABITS = dict(save_every=50, save_minutes=10.0, sample_every=1)  # may change on
 START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
          **HABITS}  # where in its run a checkpoint is
 TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
-RANK, LOCAL_RANK, WORLD = (  # set by torchrun; the process of rank 0 alone writes and prints
-    int(os.environ.get(name, alone)) for name, alone in
-    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as are the ranks
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) if WORLD > 1 else 0
+                    for name in ("RANK", "LOCAL_RANK"))  # that of RANK 0 alone writes and prints
 
 def parse():
     """The command line; Config's fields, folders and precision only if they were given."""
@@ -148,7 +148,8 @@ def cached(folder, side, cache, name):
     The first call writes it; so does one after a picture was added, removed or changed. If the
     folder has gone, it is used as it is.
     """
-    earlier = sorted(cache.glob(f"{name}-*.bytes"), key=os.path.getmtime)
+    earlier = sorted((path for path in cache.glob(f"{name}-*.bytes")
+                      if path.stat().st_size % side ** 2 == 0), key=os.path.getmtime)  # as written
     if earlier and not folder.is_dir():
         say(f"{name}: {folder} has gone; going on with its pictures as they were, from {cache}")
         data = earlier[-1]
@@ -295,8 +296,10 @@ def lock(run):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.write(file, f"{os.getpid():<9}\n".encode())
     except (BlockingIOError, PermissionError):
-        raise UserError(f"another training is at work in {run}; let it end, or stop it") from None
+        raise UserError(f"another training is at work in {run}; let it end, or stop it: process "
+                        + (run / ".lock").read_text().strip()) from None
     except OSError as error:
         say(f"cannot lock {run} ({error.strerror}); take care that nothing else trains there")
 
@@ -351,6 +354,7 @@ def resume(run, saved, given, device):
     if not (isinstance(place, dict) and place.keys() == START.keys()
             and all(type(place[name]) is type(value) for name, value in START.items())
             and [type(folder) for folder in place["data"]] == [str, str]
+            and not any("\0" in folder for folder in place["data"])
             and all(0 <= place[name] < 2**48 for name in ("epoch", "done"))
             and all(place[name] > 0 for name in ("save_every", "sample_every"))):
         raise UserError(f"{run / 'latest.pt'} is damaged: it does not say how far its run is")
