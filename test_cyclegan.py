@@ -516,6 +516,22 @@ def test_checkpoints_that_do_not_say_where_they_are_are_refused(place, tmp_path)
         train.resume(tmp_path, None, {}, torch.device("cpu"))
 
 
+def test_the_copy_of_an_epoch_is_saved_before_the_latest(monkeypatch):
+    train, saved = pytest.importorskip("train"), []
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, *_: saved.append(path.name))
+    for epoch, done in ((50, 0), (50, 1), (51, 0)):
+        train.save(Path("run"), nn.Identity(), {"epoch": epoch, "done": done, "save_every": 50})
+    # Killed in between, a run would go on after the epoch and never write its copy.
+    assert saved == ["epoch_0050.pt", "latest.pt", "latest.pt", "latest.pt"]
+
+
+def test_several_processes_without_their_addresses_get_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, HERE / "train.py"], cwd=tmp_path, capture_output=True,
+                          env={**ENVIRONMENT, "WORLD_SIZE": "2"}, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "WORLD_SIZE is 2" in done.stderr and "torchrun" in done.stderr
+
+
 def test_run_of_the_first_release_goes_on(tmp_path):
     train = pytest.importorskip("train")
     save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY, batch_size=3)),
@@ -803,6 +819,8 @@ def test_kill_9_a_second_training_and_a_full_disk(place, tmp_path):
     assert logged_steps(out) == list(range(1, steps + 13))
     after = load_checkpoint(out / "latest.pt")[1]
     assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3  # --resume alone is enough
+    assert (out / "samples" / "epoch_0003.png").exists()
+    assert not (out / "samples" / "epoch_0004.png").exists() and not list(out.glob("epoch_*.pt"))
     (tmp_path / "begun").mkdir()
     for name in (".lock", "latest.pt.part"):  # killed before the first checkpoint
         (tmp_path / "begun" / name).write_bytes(b"PK")
