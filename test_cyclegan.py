@@ -1,6 +1,6 @@
 """What must stay true of cyclegan.py, train.py and translate.py.
 
-    python -m pytest              all of it, two to four minutes on two CPU cores
+    python -m pytest              all of it, three to five minutes on two CPU cores
     python test_cyclegan.py       a benchmark: the fused step against the literal one
 """
 
