@@ -71,7 +71,8 @@ class Config:
         check("lr", self.lr > 0, "above 0")
         check("beta1", self.beta1 < 1, "below 1")
         check("seed", self.seed < 2**63, "below 2^63")
-        check("epochs", 0 < self.epochs + self.decay_epochs < 10**6, "1 to 10^6 with decay_epochs")
+        check("epochs", 0 < self.epochs + self.decay_epochs < 10**6,
+              "between 1 and a million, together with decay_epochs")
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # No bias stands before an InstanceNorm, which would subtract it again.
@@ -216,10 +217,10 @@ def average(tensors):
 
 def gather(images):
     """(N, 3, H, W) of every process -> those of all, in the order of the ranks."""
-    everyones = [torch.empty_like(images) for _ in range(processes()[1])]
+    everyones = [images.new_empty(images.shape) for _ in range(processes()[1])]
     if len(everyones) == 1:
         return images
-    dist.all_gather(everyones, images)
+    dist.all_gather(everyones, images.contiguous())
     return torch.cat(everyones)
 
 # ---- The buffer of generated images (Sec. 4) -----------------------------------------------------

@@ -1117,7 +1117,8 @@ def test_readme_commands_run_as_printed(place, tmp_path):
         elif "test_cyclegan.py" in line:
             line += " 1"  # round
         elif "torchrun" in line:
-            line = line.replace("-node 8", "-node 2") + " --device cpu --width 2 --max-steps 1"
+            line = line.replace("-node 8", "-node 2") + " --device cpu --image-size 64"
+            line += " --max-steps 1"
         elif "train.py" in line:
             line += f" --max-steps {2 if '--resume' in line else 1}"
         done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True,
