@@ -148,8 +148,9 @@ def cached(folder, side, cache, name):
     The first call writes it; so does one after a picture was added, removed or changed. If the
     folder has gone, it is used as it is.
     """
-    earlier = sorted((path for path in cache.glob(f"{name}-*.bytes")
-                      if path.stat().st_size % side ** 2 == 0), key=os.path.getmtime)  # as written
+    whole = [path for path in cache.glob(f"{name}-*.bytes")
+             if path.stat().st_size % (3 * side ** 2) == 0]
+    earlier = sorted(whole, key=os.path.getmtime)
     if earlier and not folder.is_dir():
         say(f"{name}: {folder} has gone; going on with its pictures as they were, from {cache}")
         data = earlier[-1]
@@ -301,7 +302,7 @@ def lock(run):
         raise UserError(f"another training is at work in {run}; let it end, or stop it: process "
                         + (run / ".lock").read_text().strip()) from None
     except OSError as error:
-        say(f"cannot lock {run} ({error.strerror}); take care that nothing else trains there")
+        say(f"{run / '.lock'}: {error.strerror}; take care that nothing else trains in this folder")
 
 def new_folder(out, name):
     """Makes the folder of a new run, `out` or the next free name in runs/, and returns it."""
@@ -376,11 +377,12 @@ def start(given, device, group):
     """(run, model, place) as the command line wants them; rank 0 has the files, and sends them."""
     found = [None]
     if RANK == 0:
-        run = given["resume"] if "resume" in given else begin(given, device)
-        if not (run / "latest.pt").is_file():
-            raise UserError(f"--resume {run}: there is no run, which would have a latest.pt")
-        if "resume" in given:
+        if "resume" not in given:
+            run = begin(given, device)
+        elif ((run := given["resume"]) / "latest.pt").is_file():
             lock(run)
+        else:
+            raise UserError(f"--resume {run}: there is no run, which would have a latest.pt")
         for pattern in ("*.part", "cache/*.part", "samples/*.part"):  # of a process that was killed
             for part in run.glob(pattern):
                 part.unlink()

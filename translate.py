@@ -51,8 +51,7 @@ def trained_on(checkpoint, run, direction):
     try:
         return run / saved["place"]["data"][direction == "BtoA"]
     except (IndexError, KeyError, TypeError):
-        raise UserError(f"{checkpoint} is of no run; name the pictures that it should translate"
-                        ) from None
+        raise UserError(f"{checkpoint} is of no run; name the pictures to translate") from None
 
 def plan(inputs, out):
     """[(source, target)]: folders keep their structure, names end in .png, no target stands twice.

@@ -151,7 +151,7 @@ def kills(count=50):
 
 
 def full_disk(count=5):
-    """No space for the next checkpoint: a limit on the size of files, or a full tmpfs if allowed."""
+    """No space for the next checkpoint: a limit on the size of files, or a full tmpfs if we may."""
     size, told = Path("reference/latest.pt").stat().st_size, set()
     small = Path("small")
     small.mkdir()
