@@ -77,22 +77,38 @@ class Config:
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # No bias stands before an InstanceNorm, which would subtract it again.
 
-def instance_norm(k):
-    return nn.GroupNorm(k, k, affine=False)  # one channel a group; faster than nn.InstanceNorm2d
+class InstanceNorm(nn.Module):
+    """Each channel of each picture less its mean, over its deviation; keeps the layout of h.
+
+    nn.InstanceNorm2d and nn.GroupNorm return NCHW on CUDA. Statistics take float32 at least.
+    """
+
+    def forward(self, h):
+        if h.is_contiguous():  # NCHW: one channel a group, the fastest on a CPU
+            return nn.functional.group_norm(h, h.shape[1])
+        wide = h if h.dtype == torch.float64 else h.float()
+        variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+        return ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
+
+class ReflectionPad(nn.ReflectionPad2d):
+    """Keeps the layout of h, where PyTorch's own returns NCHW on CUDA."""
+
+    def forward(self, h):
+        same = torch.contiguous_format if h.is_contiguous() else torch.channels_last
+        return super().forward(h).to(memory_format=same)
 
 def c7s1(channels, k):
     """7x7 convolution with k filters and stride 1, InstanceNorm, ReLU."""
-    return [nn.ReflectionPad2d(3), nn.Conv2d(channels, k, 7, bias=False),
-            instance_norm(k), nn.ReLU(True)]
+    return [ReflectionPad(3), nn.Conv2d(channels, k, 7, bias=False), InstanceNorm(), nn.ReLU(True)]
 
 def d(channels, k):
     """3x3 convolution with k filters and stride 2, InstanceNorm, ReLU."""
-    return [nn.Conv2d(channels, k, 3, 2, padding=1, bias=False), instance_norm(k), nn.ReLU(True)]
+    return [nn.Conv2d(channels, k, 3, 2, padding=1, bias=False), InstanceNorm(), nn.ReLU(True)]
 
 def u(channels, k):
     """3x3 transposed convolution with k filters, stride 2 (the paper's 1/2), InstanceNorm, ReLU."""
     return [nn.ConvTranspose2d(channels, k, 3, 2, padding=1, output_padding=1, bias=False),
-            instance_norm(k), nn.ReLU(True)]
+            InstanceNorm(), nn.ReLU(True)]
 
 class R(nn.Module):
     """Residual block: two 3x3 convolutions with k filters. No ReLU after the sum."""
@@ -100,8 +116,8 @@ class R(nn.Module):
     def __init__(self, k):
         super().__init__()
         self.conv_block = nn.Sequential(
-            nn.ReflectionPad2d(1), nn.Conv2d(k, k, 3, bias=False), instance_norm(k), nn.ReLU(True),
-            nn.ReflectionPad2d(1), nn.Conv2d(k, k, 3, bias=False), instance_norm(k))
+            ReflectionPad(1), nn.Conv2d(k, k, 3, bias=False), InstanceNorm(), nn.ReLU(True),
+            ReflectionPad(1), nn.Conv2d(k, k, 3, bias=False), InstanceNorm())
 
     def forward(self, h):
         return h + self.conv_block(h)
@@ -109,7 +125,7 @@ class R(nn.Module):
 def C(channels, k, stride=2, norm=True):
     """4x4 convolution with k filters, InstanceNorm but in the first layer, LeakyReLU 0.2."""
     return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=not norm),
-            *([instance_norm(k)] if norm else []), nn.LeakyReLU(0.2, True)]
+            *([InstanceNorm()] if norm else []), nn.LeakyReLU(0.2, True)]
 
 def initialise(network, random=None):
     """Draws weights from N(0, 0.02), sets biases to 0 (Sec. 7.1)."""
@@ -124,6 +140,8 @@ class LastConvolution(nn.Conv2d):
     """
 
     def forward(self, h):
+        if not h.is_contiguous():  # channels last, on CUDA
+            return super().forward(h)
         filters = torch.cat([nn.functional.pad(self.weight, (k, 3 - k)) for k in range(4)])
         columns = nn.functional.conv2d(h, filters, self.bias.repeat(4), stride=(1, 4))
         return columns.unflatten(1, (4, 3)).permute(0, 2, 3, 4, 1).flatten(3)
@@ -144,7 +162,7 @@ class Generator(nn.Module):
             *(R(4 * width) for _ in range(blocks)),  #  256 x  64 x  64
             *u(4 * width, 2 * width),                #  128 x 128 x 128
             *u(2 * width, width),                    #   64 x 256 x 256
-            nn.ReflectionPad2d(3), LastConvolution(width, 3, 7), nn.Tanh())  # 3 x 256 x 256
+            ReflectionPad(3), LastConvolution(width, 3, 7), nn.Tanh())  # 3 x 256 x 256
         initialise(self)
 
     def forward(self, images):
@@ -265,12 +283,68 @@ class ImageBuffer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shape = state_dict[prefix + "images"].shape  # not known before the first exchange
-        self.images = self.images.new_zeros(self.size, *shape[1:])
+        if self.images.shape[1:] != shape[1:]:  # else in place, where a recorded step looks for it
+            self.images = self.images.new_zeros(self.size, *shape[1:])
         if not 0 <= state_dict[prefix + "count"].item() <= self.size:
             raise ValueError(f"{prefix}count is no number of images")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+# ---- On CUDA: fused kernels, in one recording ----------------------------------------------------
+
+def compiled(networks, device):
+    """The networks, on CUDA compiled, so that what lies between two convolutions is fused.
+
+    Without the means to compile (Triton, a C compiler) they stay as they are, with a warning.
+    """
+    if torch.device(device).type != "cuda":
+        return networks
+    try:
+        torch.compile(lambda h: h * h + 1)(torch.ones(8, device=device))
+    except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
+        reason = str(error).strip().splitlines()[:1]
+        warnings.warn(f"steps are slower here, as torch.compile fails: {type(error).__name__} "
+                      + "".join(reason))
+        return networks
+    return tuple(torch.compile(network, dynamic=False) for network in networks)
+
+class Recording:
+    """A function of CUDA tensors that is recorded as one CUDA graph, which its later calls replay.
+
+    The first three calls are real ones, in which PyTorch compiles and picks its kernels. Tensors of
+    another shape start anew. What cannot be recorded goes on unrecorded, with a warning.
+    """
+
+    def __init__(self, function):
+        self.function, self.shapes = function, None
+
+    def __call__(self, *tensors):
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        if self.shapes != shapes:
+            self.shapes, self.calls, self.graph, self.result = shapes, 0, None, None
+            self.stream = torch.cuda.Stream()
+        if self.calls == 3:
+            self.inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, stream=self.stream):
+                    self.result = self.function(*self.inputs)
+                self.graph = graph
+            except RuntimeError as error:
+                warnings.warn(f"steps are slower here, as CUDA cannot record them: {error}")
+        self.calls += 1
+        if self.graph:
+            for fixed, tensor in zip(self.inputs, tensors):
+                fixed.copy_(tensor)
+            self.graph.replay()
+            return self.result.clone()
+        self.stream.wait_stream(torch.cuda.current_stream())  # the one that will record
+        with torch.cuda.stream(self.stream):
+            result = self.function(*tensors)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
 # ---- Training (Sec. 4 and 7.1) -------------------------------------------------------------------
+
+LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 
 def learning_rate(config, epoch):
     """Adam's rate in an epoch counted from 0: constant, then linear to 1/101 in the last of 100."""
@@ -299,15 +373,23 @@ class CycleGAN(nn.Module):
         self.D_X, self.D_Y = (Discriminator(config.width) for _ in "XY")
         self.buffer_X, self.buffer_Y = (ImageBuffer(config.buffer_size) for _ in "XY")
         initialise(self, torch.Generator().manual_seed(config.seed))
-        self.to(device)
+        self.to(device, memory_format=layout(device))
+        kind = torch.device(device).type
+        rate = torch.tensor(config.lr, device=device) if kind == "cuda" else config.lr
         self.adam_G, self.adam_D = (
-            torch.optim.Adam([*a.parameters(), *b.parameters()], config.lr, (config.beta1, 0.999),
-                             fused=torch.device(device).type in ("cpu", "cuda"))
+            torch.optim.Adam([*a.parameters(), *b.parameters()], rate, (config.beta1, 0.999),
+                             fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
             for a, b in ((self.G, self.F), (self.D_X, self.D_Y)))
+        self.networks = compiled((self.G, self.F, self.D_X, self.D_Y), device)
+        self.recording = Recording(self.updates)
 
     def set_learning_rate(self, rate):
         for adam in (self.adam_G, self.adam_D):
-            adam.param_groups[0]["lr"] = rate
+            [group] = adam.param_groups
+            if group["capturable"]:  # a number would be recorded, and stay
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def draws(self, images):
         """Random numbers for both buffers, (2, N of all processes, 2), by the seed and the step."""
@@ -325,8 +407,14 @@ class CycleGAN(nn.Module):
         """
         if x.shape != y.shape:
             raise ValueError(f"x and y differ in shape: {tuple(x.shape)}, {tuple(y.shape)}")
-        c, G, F, D_X, D_Y = self.config, self.G, self.F, self.D_X, self.D_Y
-        draws_X, draws_Y = self.draws(x)
+        recorded = x.device.type == "cuda" and processes()[1] == 1
+        losses = (self.recording if recorded else self.updates)(x, y, self.draws(x))
+        self.steps += 1
+        return dict(zip(LOSSES, losses.unbind()))
+
+    def updates(self, x, y, draws):
+        """What `step` does on the device, with nothing that waits for it. Returns its losses."""
+        c, (G, F, D_X, D_Y), (draws_X, draws_Y) = self.config, self.networks, draws
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             fake_y, same_y = generate(G, x, y, c.lambda_identity)
             fake_x, same_x = generate(F, y, x, c.lambda_identity)
@@ -339,10 +427,8 @@ class CycleGAN(nn.Module):
             loss_Y = discriminator_loss(D_Y, y, fake_y, self.buffer_Y, draws_Y, c.objective)
         update(self.adam_G, gan + cycle + identity)
         update(self.adam_D, loss_X + loss_Y)
-        self.steps += 1
-        losses = {"gan": gan, "cycle": cycle, "identity": identity, "D_X": loss_X, "D_Y": loss_Y}
-        losses = {name: loss.detach() for name, loss in losses.items()}
-        average(losses.values())
+        losses = torch.stack([gan, cycle, identity, loss_X, loss_Y]).detach()
+        average([losses])
         return losses
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -438,7 +524,7 @@ def load_generator(path, direction="AtoB", device="cpu"):
         generator.load_state_dict({key: weights[key] for key in wanted})
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({error})") from error
-    return generator.to(device).eval()
+    return generator.to(device, memory_format=layout(device)).eval()
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
@@ -494,6 +580,11 @@ def send(tensor, device):
     cuda = torch.device(device).type == "cuda"
     return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
+def layout(device):
+    """How images lie in memory: channels last on CUDA, whose convolutions want that, else NCHW."""
+    cuda = torch.device(device).type == "cuda"
+    return torch.channels_last if cuda else torch.contiguous_format
+
 def to_tensor(pictures, device="cpu"):
     """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1]; bytes are what travels.
 
@@ -502,7 +593,8 @@ def to_tensor(pictures, device="cpu"):
     below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
     if below or right:
         pictures = np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
-    return send(torch.from_numpy(pictures), device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    images = send(torch.from_numpy(pictures), device).permute(0, 3, 1, 2)
+    return images.float().contiguous(memory_format=layout(device)) / 127.5 - 1
 
 def to_pictures(images):
     """(N, 3, H, W) tensor in [-1, 1] -> (N, H, W, 3) uint8 array, rounded to the nearest."""
@@ -510,10 +602,12 @@ def to_pictures(images):
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 @torch.no_grad()
-def translate(generator, pictures):
+def translate(generator, pictures, precision="fp32"):
     """(N, H, W, 3) uint8, of any size -> the same shape, through a generator."""
     device, (height, width) = next(generator.parameters()).device, pictures.shape[1:3]
-    return to_pictures(generator(to_tensor(pictures, device)))[:, :height, :width]
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        images = generator(to_tensor(pictures, device))
+    return to_pictures(images)[:, :height, :width]
 
 def png(picture):
     """(H, W, 3) uint8 -> the bytes of a PNG file, marked as SOFTWARE's."""
@@ -530,3 +624,10 @@ def pick_device(name):
             or name == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {name}: PyTorch finds none on this machine; try --device cpu")
     return torch.device(name)
+
+def pick_precision(name, device):
+    """What "auto" means on a device: "bf16" on a CUDA GPU that computes in it, else "fp32"."""
+    if name != "auto":
+        return name
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "fp32"

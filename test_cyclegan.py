@@ -4,6 +4,8 @@
     python test_cyclegan.py       a benchmark: the fused step against the literal one
 """
 
+import contextlib
+import gc
 import math
 import os
 import re
@@ -16,20 +18,21 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import cyclegan
 from cyclegan import (Config, CycleGAN, Discriminator, Generator, ImageBuffer, UserError,
-                      adversarial_loss, learning_rate, load_checkpoint, load_generator,
-                      read_picture,
-                      save_checkpoint, to_pictures, to_tensor, translate)
+                      adversarial_loss, layout, learning_rate, load_checkpoint, load_generator,
+                      read_picture, save_checkpoint, to_pictures, to_tensor, translate)
 
 HERE = Path(__file__).resolve().parent
 TINY = dict(image_size=32, load_size=36, width=4, blocks=2)
@@ -201,7 +204,7 @@ def test_state_dict_has_the_authors_keys():
 def test_receptive_field_is_70():
     D = Discriminator(4)
     for i, layer in enumerate(D.model):
-        if isinstance(layer, nn.GroupNorm):
+        if isinstance(layer, cyclegan.InstanceNorm):
             D.model[i] = nn.Identity()  # its statistics would see the whole picture
     images = torch.rand(1, 3, 256, 256).requires_grad_()
     D(images)[0, 0, 15, 15].backward()
@@ -213,6 +216,52 @@ def test_generator_keeps_size_range_and_type():
     for height, width in ((256, 256), (8, 12), (100, 64)):
         out = Generator(2, 1)(100 * noise(1, 3, height, width, dtype=torch.float32))
         assert out.shape == (1, 3, height, width) and out.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norm_is_the_same_in_either_layout_with_statistics_in_float32_at_least(dtype):
+    h = (noise(2, 5, 33, 30) * 3 + 20).to(dtype)  # far from 0, where short mantissas cancel
+    exact = nn.InstanceNorm2d(5)(h.double())
+    # float32 has lost 24 bits less 5 by the subtraction; bf16 can be as exact as its last bit, 2^-7
+    # of up to 2. With statistics in bf16 it is wrong by more than 0.03.
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        normed = cyclegan.InstanceNorm()(h.contiguous(memory_format=layout))
+        assert normed.dtype == dtype and normed.is_contiguous(memory_format=layout)
+        assert (normed.double() - exact).abs().max() <= tolerance
+
+
+def test_channels_last_holds_from_the_first_layer_to_the_last():
+    # Fake tensors know, without a GPU, how each operation on CUDA lays out its result; all but
+    # convolutions, which take the layout of their weights there, as they do on a CPU.
+    cl = torch.channels_last
+
+    def on_cuda(*shape):
+        return torch.empty(shape, device="cuda").to(memory_format=cl)
+
+    def keeps(layer, inputs, output):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            return output.to(memory_format=cl)
+        assert output.is_contiguous(memory_format=cl), layer
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for layer in nn.ReflectionPad2d(1), nn.InstanceNorm2d(8), nn.GroupNorm(8, 8, affine=False):
+            with pytest.raises(AssertionError):  # the controls
+                keeps(layer, None, layer(on_cuda(2, 8, 6, 6)))
+        for network in (Generator(8, 2), Discriminator(8)):
+            for layer in network.modules():
+                for name, parameter in layer.named_parameters(recurse=False):
+                    on_gpu = torch.empty(parameter.shape, device="cuda")
+                    setattr(layer, name, nn.Parameter(on_gpu))
+                layer.register_forward_hook(keeps)
+            network(torch.cat([on_cuda(1, 3, 64, 64), on_cuda(1, 3, 64, 64)]))
+    for network in (Generator(8, 2), Discriminator(8)):
+        network.to(memory_format=cl)
+        for layer in network.modules():
+            layer.register_forward_hook(lambda layer, _, h: keeps(nn.Identity(), None, h))
+        network(noise(2, 3, 64, 64, dtype=torch.float32).to(memory_format=cl)).sum().backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.ndim == 1 or parameter.grad.is_contiguous(memory_format=cl), name
 
 
 def test_weights_start_from_a_normal_of_2_percent():
@@ -334,6 +383,159 @@ def test_step_waits_for_no_device():
         losses = model.step(x, x)
         with pytest.raises(DataDependentOutputException):
             bool(losses["gan"] > 0)  # the control
+
+
+def test_step_is_the_same_with_its_networks_compiled():
+    # One graph without a break for each network and batch: G and F share, and so do D_X and D_Y.
+    graphs = CompileCounterWithBackend("aot_eager")
+    plain, compiled = (CycleGAN(Config(**TINY)).double() for _ in range(2))
+    compiled.networks = [torch.compile(network, backend=graphs, fullgraph=True, dynamic=False)
+                         for network in compiled.networks]
+    for k in range(3):
+        x, y = noise(1, 3, 32, 32, seed=k), noise(1, 3, 32, 32, seed=k + 9)
+        one, two = plain.step(x, y), compiled.step(x, y)
+        assert all(abs(one[name] - two[name]) < 1e-12 for name in one)
+    assert graphs.frame_count == 4
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-12
+
+
+class SimulatedGraph:
+    """What a CUDA graph does, seen without a GPU: recorded work is not done, replayed work is."""
+    recording = None
+
+    def __enter__(self):
+        SimulatedGraph.recording = self
+
+    def __exit__(self, *_):
+        SimulatedGraph.recording = None
+
+    def replay(self):
+        self.work()
+
+
+def test_recording_does_the_work_of_every_call_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimulatedGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: SimpleNamespace(wait_stream=lambda _: None))
+    calls, done = [], []
+
+    def function(a, b):
+        def work():
+            done.append(a.sum().item())
+            result.copy_(a.sum() * b)
+        calls.append(a.shape)
+        result = torch.zeros(1)
+        if SimulatedGraph.recording:
+            if a.ndim == 3:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            SimulatedGraph.recording.work = work
+        else:
+            work()
+        return result
+
+    recording, results = cyclegan.Recording(function), []
+    for k, shape in enumerate(8 * [(2,)] + 6 * [(1, 1)] + 5 * [(2,)]):
+        results.append(recording(torch.full(shape, float(k)), torch.tensor([2.0])))
+    expected = [k * n for k, n in zip(range(19), 8 * [2] + 6 * [1] + 5 * [2])]
+    assert done == expected and [r.item() for r in results] == [2 * e for e in expected]
+    assert len(calls) == 4 + 4 + 4  # three real ones and a recorded one for each shape
+    with pytest.warns(UserWarning, match="cannot record .*not permitted") as warned:
+        results = [recording(torch.ones(1, 1, 1), torch.tensor([float(k)])) for k in range(6)]
+    assert [r.item() for r in results] == list(range(6)) and len(done) == 19 + 6
+    assert len(warned) == 1
+
+
+def test_networks_stay_as_they_are_where_nothing_can_be_compiled(monkeypatch):
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch, "compile", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="slower here, as torch.compile fails: [A-Z]"):
+        assert cyclegan.compiled("GF", "cuda") == "GF"
+    assert cyclegan.compiled("GF", "cpu") == "GF"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestOnCUDA:
+    """In float64, where rounding is out of the way: orders of sums alone differ, by 1e-12 or so."""
+
+    def model(self, precision="fp32", **settings):
+        torch.compiler.reset()  # each test compiles anew, within the limits of recompilation
+        config = {**TINY, "buffer_size": 2, "lr": 2**-12, **settings}  # a rate exact in float32
+        model = CycleGAN(Config(**config), "cuda", precision)
+        return model.double() if precision == "fp32" else model
+
+    def images(self, k, side=32, dtype=torch.float64):
+        return [noise(1, 3, side, side, seed=seed, dtype=dtype).to("cuda",
+                memory_format=torch.channels_last) for seed in (k, k + 99)]
+
+    def assert_close(self, one, two):
+        for a, b in zip(state_of(one), state_of(two), strict=True):
+            assert a.shape == b.shape and (not a.numel() or (a - b).abs().max() < 1e-9)
+
+    def test_recorded_steps_are_those_of_the_literal_twin(self):
+        model = self.model()
+        twin = Twin(model.config, model)
+        for k in range(20):
+            x, y = self.images(k)
+            loss = twin.step(x, y, model.draws(x))
+            losses = model.step(x, y)
+            total = losses["gan"] + losses["cycle"] + losses["identity"]
+            assert abs(total - loss) < 1e-9
+            model.set_learning_rate(2**-13)  # reaches what is recorded
+            for adam in (twin.adam_G, twin.adam_D):
+                adam.param_groups[0]["lr"] = 2**-13
+        assert model.recording.graph is not None  # nothing fell back
+        for name, network in twin.networks.items():
+            for key, value in getattr(model, name).model.state_dict().items():
+                assert (value - network.state_dict()[key]).abs().max() < 1e-9, (name, key)
+
+    def test_another_size_is_recorded_anew(self):
+        model, eager = self.model(), self.model()
+        eager.recording = eager.updates
+        for side in 6 * [32] + 6 * [40] + 6 * [32]:
+            for each in (model, eager):
+                each.step(*self.images(each.steps, side))
+        self.assert_close(model, eager)
+
+    def test_resumed_after_recording(self, tmp_path):
+        model = self.model()
+        for k in range(6):
+            model.step(*self.images(k))
+        save_checkpoint(tmp_path / "a.pt", model, {})
+        resumed = load_checkpoint(tmp_path / "a.pt", "cuda")[0].double()
+        for saved, state in zip((model.adam_G, model.adam_D), (resumed.adam_G, resumed.adam_D)):
+            state.load_state_dict({**state.state_dict(), "state": saved.state_dict()["state"]})
+        resumed.load_state_dict(model.state_dict())
+        for k in range(6, 12):
+            for each in (model, resumed):
+                each.step(*self.images(k))
+        self.assert_close(model, resumed)
+
+    def test_recorded_draws_differ_and_memory_stays(self):
+        model, stored = self.model(), set()
+        for k in range(40):
+            model.step(*self.images(0))
+            stored.add(tuple(model.buffer_X.images.flatten(1).sum(1).tolist()))
+            if k == 10:
+                memory = torch.cuda.memory_allocated()
+        assert 10 < len(stored) < 40 and torch.cuda.memory_allocated() == memory
+
+    def test_bf16_is_near_and_channels_last_holds(self):
+        exact, half = self.model("fp32"), self.model("bf16")
+        x, y = self.images(0, dtype=torch.float32)
+        one, two = exact.step(x.double(), y.double()), half.step(x, y)
+        assert all(0 < abs(two[k] / one[k] - 1) < 0.1 for k in ("gan", "cycle"))
+        assert {v.dtype for v in (*two.values(), *half.parameters())} == {torch.float32}
+        seen = []
+        for network in (half.G, half.D_X):
+            for layer in network.modules():
+                layer.register_forward_hook(lambda layer, _, h: seen.append(
+                    h.is_contiguous(memory_format=torch.channels_last)))
+            with torch.autocast("cuda", torch.bfloat16):
+                network(torch.cat([x, y])).sum().backward()
+        assert all(seen) and len(seen) > 30
 
 
 def test_bf16_leaves_weights_losses_and_images_in_float32():
@@ -1134,32 +1336,64 @@ def test_readme_commands_run_as_printed(place, tmp_path):
 
 # ---- The benchmark -------------------------------------------------------------------------------
 
+def timed(step, rounds, cuda):
+    """Milliseconds of a step, the mean of some in a row, between two waits for the device."""
+    began = time.perf_counter()
+    for _ in range(rounds):
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began) / rounds
+
+
 def benchmark(rounds=30):
     """Times our step and the literal one in turns: the paper's size on a GPU, else a small one."""
     cuda = torch.cuda.is_available()
+    torch.backends.cudnn.benchmark = True
     small = Config(image_size=64, load_size=72, width=32, blocks=6)
     device, config = ("cuda", Config()) if cuda else ("cpu", small)
-    model = CycleGAN(config, device)
-    twin = Twin(config, model)
-    shape = (1, 3, config.image_size, config.image_size)
-    x, y = (noise(*shape, seed=s, dtype=torch.float32).to(device) for s in (0, 1))
-    steps = {"literal": lambda: twin.step(x, y, model.draws(x)), "ours": lambda: model.step(x, y)}
-    taken = {name: [] for name in steps}
-    for _ in range(rounds + 3):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if cuda:
-                torch.cuda.synchronize()
-            taken[name].append(1000 * (time.perf_counter() - began))
-    print(f"{config.image_size} x {config.image_size}, width {config.width}, "
-          f"{config.blocks} blocks, batch 1, {device}")
-    for name, times in taken.items():
-        print(f"{name:8} {statistics.median(times[3:] or times):8.1f} ms/step")
-    ratios = sorted(a / b for a, b in zip(taken["literal"][3:], taken["ours"][3:]))
-    print(f"literal / ours: median {statistics.median(ratios):.2f}, "
-          f"half of the pairs within {ratios[len(ratios) // 4]:.2f} "
-          f"to {ratios[-1 - len(ratios) // 4]:.2f}")
+    print(f"{config.image_size} x {config.image_size}, width {config.width}, {config.blocks} blocks"
+          f", torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'cpu'}")
+    for batch_size in (1, 8) if cuda else (1,):
+        shape = (batch_size, 3, config.image_size, config.image_size)
+        x, y = (noise(*shape, seed=s, dtype=torch.float32).to(device, memory_format=layout(device))
+                for s in (0, 1))
+
+        def literal():
+            model = CycleGAN(config)
+            draws, twin = model.draws(x), Twin(config, model.to(device))
+            return lambda: twin.step(x, y, draws)
+
+        def ours(precision):
+            model = CycleGAN(config, device, precision)
+            return lambda: model.step(x, y)
+
+        makers = {"literal": literal, "ours": lambda: ours("fp32")}
+        if cuda:
+            makers["ours, bf16"] = lambda: ours("bf16")
+        peaks = {}
+        for name, make in makers.items() if cuda else ():  # the memory of each alone
+            torch.cuda.reset_peak_memory_stats()
+            timed(make(), 6, cuda)
+            peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB"
+            gc.collect()
+            torch.cuda.empty_cache()
+        steps = {name: make() for name, make in makers.items()}
+        taken = {name: [] for name in makers}
+        for step in steps.values():
+            timed(step, 6, cuda)
+        for _ in range(rounds):
+            for name, step in steps.items():
+                taken[name].append(timed(step, 10 if cuda else 1, cuda))
+        for name, times in taken.items():
+            ms = statistics.median(times)
+            ratios = sorted(a / b for a, b in zip(taken["literal"], times))
+            # 1.88 TFLOP a pair of pictures, at the 790 TFLOP/s of bf16 that a H200 reaches
+            floor = f"{1.88e12 * batch_size / 790e12 * 1000 / ms:8.0%} of the bf16 floor" * cuda
+            print(f"batch {batch_size}  {name:10} {ms:8.2f} ms/step {2000 * batch_size / ms:8.1f} "
+                  f"pictures/s {peaks.get(name, '')}{floor}   literal / {name}: "
+                  f"{statistics.median(ratios):.2f}, half of the pairs within "
+                  f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -27,9 +28,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cyclegan import (Config, CycleGAN, UserError, find_pictures, learning_rate, load_checkpoint,
-                      pick_device, png, read_checkpoint, read_picture, save_checkpoint, to_pictures,
-                      to_tensor, translate, write_file)
+from cyclegan import (LOSSES, Config, CycleGAN, UserError, find_pictures, learning_rate,
+                      load_checkpoint, pick_device, pick_precision, png, read_checkpoint,
+                      read_picture, save_checkpoint, to_pictures, to_tensor, translate, write_file)
 
 if os.name == "posix":
     import fcntl
@@ -37,7 +38,6 @@ else:
     import msvcrt
 
 TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or --precision fp32"
-LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
 DEMO_SCENES, DEMO_HELD_OUT = 200, 32
 HABITS = dict(save_every=50, save_minutes=10.0, sample_every=1)  # may change on resume
@@ -336,10 +336,7 @@ def begin(given, device):
     for folder in folders:  # refused now, before anything is written
         if not any(map(readable, find_pictures(folder))):
             raise UserError(f"no picture in {folder} can be read")
-    precision = given.get("precision", "auto")
-    if precision == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
+    precision = pick_precision(given.get("precision", "auto"), device)
     run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
     place = {**START, **{name: given[name] for name in HABITS if name in given}}
     if folders:
@@ -468,6 +465,9 @@ def train(run, model, place, max_steps, group):
     if RANK == 0:
         trim_log(run / "losses.csv", model.steps)
     pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        say("the first step compiles the networks, which may take a minute or two")
     began = shown = saved = idle = time.perf_counter()
     for epoch, after, x, y in batches(config, A, B, place["epoch"], place["done"]):
         x, y = to_tensor(x, device), to_tensor(y, device)
@@ -515,6 +515,7 @@ def train(run, model, place, max_steps, group):
 def main():
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
+    warnings.showwarning = lambda warning, *_: say(f"note: {warning}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training, as Ctrl-C
     options, reason = parse(), None
     try:

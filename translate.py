@@ -8,17 +8,18 @@
 import argparse
 import os
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cyclegan import (SOFTWARE, UserError, find_pictures, load_generator, pick_device, png,
-                      read_checkpoint, read_picture, translate, write_file)
+from cyclegan import (SOFTWARE, UserError, find_pictures, load_generator, pick_device,
+                      pick_precision, png, read_checkpoint, read_picture, translate, write_file)
 
 PIXELS = 2**20  # at most, of the pictures that pass the network together
-READ_AHEAD = 16  # pictures in memory
+AHEAD = 8  # pictures that are read, and as many that are written, while others are translated
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -36,6 +37,8 @@ def parse():
     add("--side-by-side", action="store_true", help="put each picture next to its translation")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="where to compute (default: cuda if there is one, else cpu)")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
+        help="arithmetic of the network (default: bf16 on a CUDA GPU that has it, else fp32)")
     return parser.parse_args()
 
 def newest_run():
@@ -93,36 +96,50 @@ def translated(path):
 def skip(reason):
     print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
-def translate_group(generator, group, side_by_side):
-    """Writes the translations of [(target, picture)], all of one size. Returns how many."""
-    targets, pictures = zip(*group)
+def write(target, *pictures):
+    write_file(target, [png(np.concatenate(pictures, 1))])
+    print(target, flush=True)
+
+def groups(pairs, pool):
+    """Yields [(target, picture)] of one size, while threads read the next ones."""
+    def read(start):
+        return [(target, pool.submit(read_picture, source))
+                for source, target in pairs[start:start + AHEAD]]
+
+    coming = read(0)
+    for start in range(0, len(pairs), AHEAD):
+        some, coming, sizes = coming, read(start + AHEAD), {}
+        for target, picture in some:
+            try:
+                sizes.setdefault(picture.result().shape, []).append((target, picture.result()))
+            except UserError as error:
+                skip(error)
+        for (height, width, _), same in sizes.items():
+            most = max(1, PIXELS // (height * width))
+            yield from (same[i:i + most] for i in range(0, len(same), most))
+
+def translate_group(generator, precision, group):
     try:
-        results = translate(generator, np.stack(pictures))
+        return translate(generator, np.stack([picture for _, picture in group]), precision)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        skip(f"too large for the memory here: {', '.join(map(str, targets))}")
-        return 0
-    for target, picture, result in zip(targets, pictures, results):
-        write_file(target, [png(np.concatenate([picture, result], 1) if side_by_side else result)])
-        print(target, flush=True)
-    return len(group)
+        skip("too large for the memory here: " + ", ".join(str(target) for target, _ in group))
+        return []
 
-def translate_all(generator, pairs, side_by_side):
-    """Reads by threads, a few pictures at a time, and translates together what has one size."""
-    done = 0
+def translate_all(generator, precision, pairs, side_by_side):
+    """Translates, while threads read what comes next and write what is done. Returns how many."""
+    writing, done = deque(), 0
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(pairs), READ_AHEAD):
-            some, sizes = pairs[start:start + READ_AHEAD], {}
-            for picture, (_, target) in zip([pool.submit(read_picture, s) for s, _ in some], some):
-                try:
-                    sizes.setdefault(picture.result().shape, []).append((target, picture.result()))
-                except UserError as error:
-                    skip(error)
-            for (height, width, _), group in sizes.items():
-                most = max(1, PIXELS // (height * width))
-                for i in range(0, len(group), most):
-                    done += translate_group(generator, group[i:i + most], side_by_side)
+        for group in groups(pairs, pool):
+            results = translate_group(generator, precision, group)
+            for (target, picture), result in zip(group, results):
+                writing.append(pool.submit(write, target, *[picture] * side_by_side, result))
+                done += 1
+            while len(writing) > AHEAD:
+                writing.popleft().result()
+        for written in writing:
+            written.result()
     return done
 
 def main():
@@ -138,7 +155,8 @@ def main():
         out = options.out or home / f"translated-{options.direction}"
         pairs = plan(options.pictures or [trained_on(checkpoint, run, options.direction)], out)
         print(f"{checkpoint} {options.direction} on {device}, {len(pairs)} pictures", flush=True)
-        done = translate_all(generator, pairs, options.side_by_side)
+        done = translate_all(generator, pick_precision(options.precision, device), pairs,
+                             options.side_by_side)
     except (UserError, OSError) as error:
         return f"translate.py: {error}"
     except KeyboardInterrupt:
