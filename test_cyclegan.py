@@ -899,12 +899,18 @@ def test_training_writes_what_it_promises(place):
     assert (grid[2:30, 2:30] == np.asarray(shown)).all()  # whole, not cropped
 
 
-def test_batches_follow_the_authors_sampling(monkeypatch):
+def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     train = pytest.importorskip("train")
+
+    def mapped(pictures, name):
+        pictures.tofile(tmp_path / name)
+        return np.memmap(tmp_path / name, np.uint8, "r", shape=pictures.shape)
+
     config = Config(image_size=24, load_size=30, batch_size=2, seed=3)
     A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
             for n in (7, 4))
     A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # a row tells the place of a crop
+    A, B = mapped(A, "A"), mapped(B, "B")
     seen, pairs, places = [], [], set()
     epochs = list(train.batches(Config(**{**vars(config), "epochs": 1, "decay_epochs": 1}), A, B,
                                 0, 0))
@@ -923,6 +929,7 @@ def test_batches_follow_the_authors_sampling(monkeypatch):
     again = train.batch(config, A, B, 1, 4)
     assert all((a == b).all() for a, b in zip(again, epochs[6][2:]))  # of the place alone
     big = np.arange(30, dtype=np.uint8)[None, None, :, None] + np.zeros((1, 30, 30, 3), np.uint8)
+    big = mapped(big, "big")
     flips = [train.batch(config, big, big, 0, s)[0][0, 0, :, 0] for s in range(60)]
     assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
     monkeypatch.setattr(train, "WORLD", 2)  # two processes share a batch of twice the size

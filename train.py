@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
@@ -43,6 +44,7 @@ DEMO_SCENES, DEMO_HELD_OUT = 200, 32
 HABITS = dict(save_every=50, save_minutes=10.0, sample_every=1)  # may change on resume
 START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
          **HABITS}  # where in its run a checkpoint is
+AHEAD = 8  # batches that a thread reads meanwhile; a disk may pause for as long as some steps take
 TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as are the ranks
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) if WORLD > 1 else 0
@@ -192,13 +194,17 @@ def shuffled(count, seed, epoch):
 def crops(pictures, chosen, side, random):
     """The chosen pictures, each cropped at a random place and flipped with probability 1/2.
 
+    Each is read whole: through the mapping, one page can fetch megabytes around it from the disk.
     Of several processes each draws the random numbers for all and takes its share of the pictures.
     """
-    corners = random.integers(pictures.shape[1] - side + 1, size=(len(chosen), 2))
+    _, *shape = pictures.shape
+    corners = random.integers(shape[0] - side + 1, size=(len(chosen), 2))
     flips, result = random.random(len(chosen)) < 0.5, []
     for k in np.array_split(np.arange(len(chosen)), WORLD)[RANK]:
         top, left = corners[k]
-        picture = pictures[chosen[k], top:top + side, left:left + side]
+        start = math.prod(shape) * int(chosen[k])
+        picture = np.fromfile(pictures.filename, np.uint8, math.prod(shape), offset=start)
+        picture = picture.reshape(shape)[top:top + side, left:left + side]
         result.append(picture[:, ::-1] if flips[k] else picture)
     return np.stack(result)
 
@@ -214,20 +220,29 @@ def batch(config, A, B, epoch, done):
     return (crops(A, order[places] % len(A), config.image_size, random),
             crops(B, random.integers(len(B), size=len(places)), config.image_size, random))
 
-def batches(config, A, B, epoch, done):
-    """Yields (epoch, (epoch, done) after this step, x, y) from a place on, to the end of training.
+def places(config, count, epoch, done):
+    """Yields (epoch, done, (epoch, done) after that step) from a place on, to the end of training.
 
-    A place is an epoch, counted from 0, and how many of its pictures are done, which holds for any
-    number of processes. One batch is read ahead.
+    A place is an epoch, counted from 0, and how many of its `count` pictures are done, which holds
+    for any number of processes.
     """
+    while epoch < config.epochs + config.decay_epochs:
+        end = done + WORLD * config.batch_size
+        after = (epoch, end) if end < count else (epoch + 1, 0)
+        yield epoch, done, after
+        epoch, done = after
+
+def batches(config, A, B, epoch, done):
+    """Yields (epoch, the place after this step, x, y); a thread reads AHEAD batches ahead."""
+    coming = deque()
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(batch, config, A, B, epoch, done)
-        while epoch < config.epochs + config.decay_epochs:
-            done += WORLD * config.batch_size
-            after = (epoch, done) if done < max(len(A), len(B)) else (epoch + 1, 0)
-            ready, ahead = ahead, reader.submit(batch, config, A, B, *after)
-            yield epoch, after, *ready.result()
-            epoch, done = after
+        for epoch, done, after in places(config, max(len(A), len(B)), epoch, done):
+            coming.append((epoch, after, reader.submit(batch, config, A, B, epoch, done)))
+            if len(coming) > AHEAD:
+                epoch, after, read = coming.popleft()
+                yield epoch, after, *read.result()
+        for epoch, after, read in coming:
+            yield epoch, after, *read.result()
 
 # ---- The demo: scenes, each painted as apples or as oranges --------------------------------------
 
@@ -484,13 +499,14 @@ def train(run, model, place, max_steps, group):
             if due or model.steps == first_step + 1 or now - shown > (1 if TERMINAL else 10):
                 means, now = record(pending, run / "losses.csv"), time.perf_counter()
                 pace = (now - shown) / (model.steps - shown_step)
-                left = (now - began) / (model.steps - first_step) * (last - model.steps)
+                left = (now - began) / max(1, model.steps - first_step - 1) * (last - model.steps)
                 memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
                 say(f"epoch {epoch + 1}/{epochs} step {model.steps}/{last} | "
                     + " ".join(f"{name} {mean:.2f}" for name, mean in zip(LOSSES, means))
                     + f" | {timedelta(seconds=round(left))} left | {1000 * pace:.0f} ms/step "
                     f"{2 * size / pace:.1f} pictures/s {waited / (now - shown):.0%} waiting"
                     + f" | peak {memory:.1f} GiB" * bool(memory), passing=not (ended or stopped))
+                began = now if model.steps == first_step + 1 else began  # not that of compiling
                 shown, shown_step, waited = now, model.steps, 0.0
             if ended and (epoch + 1) % place["sample_every"] == 0:
                 grid = png(sample_grid(model, A, B))
