@@ -9,6 +9,7 @@
 import argparse
 import functools
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from cyclegan import (LOSSES, Config, CycleGAN, UserError, find_pictures, learning_rate,
                       load_checkpoint, pick_device, pick_precision, png, read_checkpoint,
@@ -44,6 +46,7 @@ DEMO_SCENES, DEMO_HELD_OUT = 200, 32
 HABITS = dict(save_every=50, save_minutes=10.0, sample_every=1)  # may change on resume
 START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
          **HABITS}  # where in its run a checkpoint is
+FRAMES = 40  # of the animation
 AHEAD = 8  # batches that a thread reads meanwhile; a disk may pause for as long as some steps take
 TERMINAL = bool(sys.stdout) and sys.stdout.isatty()
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun, as are the ranks
@@ -57,28 +60,37 @@ def parse():
             raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
         return int(text)
 
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="train.py [--dataA FOLDER --dataB FOLDER | --resume RUN] [option ...]",
+        description=__doc__, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The demo has other defaults: "
+               + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("pictures and run").add_argument
     add("--dataA", type=Path, metavar="FOLDER", help="pictures of domain A, the paper's X")
-    add("--dataB", type=Path, metavar="FOLDER", help="pictures of domain B, the paper's Y")
+    add("--dataB", type=Path, metavar="FOLDER",
+        help="pictures of domain B, the paper's Y (default: the demo draws both)")
     add("--out", type=Path, metavar="RUN", help="new folder (default: the next free name in runs/)")
     add("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="where to compute (default: cuda if there is one, else cpu)")
     add("--precision", choices=("auto", "fp32", "bf16"),
         help="arithmetic of the networks (default: bf16 on a CUDA GPU that has it, else fp32)")
-    add("--max-steps", type=positive, default=math.inf, metavar="N", help="stop after step N")
+    add("--max-steps", type=positive, default=math.inf, metavar="N",
+        help="stop after step N, to go on later (default: when all epochs are done)")
     add("--save-every", type=positive, metavar="N",
         help="keep the checkpoint of every Nth epoch as epoch_0050.pt and so on (default: 50)")
     add("--save-minutes", type=float, metavar="M",
         help="save every M minutes, besides after every epoch (default: 10)")
     add("--sample-every", type=positive, metavar="N",
         help="draw samples after every Nth epoch (default: 1)")
-    add = parser.add_argument_group("method; the demo has smaller defaults").add_argument
+    groups = {"image_size": "sizes", "objective": "losses", "buffer_size": "training"}
     automatic = {"load_size": "image size x 286 / 256", "blocks": "9, but 6 if image size < 256"}
     for f in fields(Config):
-        add("--" + f.name.replace("_", "-"), type=f.type, metavar="N" if f.type is int else "VALUE",
+        if f.name in groups:
+            add = parser.add_argument_group(groups[f.name]).add_argument
+        add("--" + f.name.replace("_", "-"), type=f.type,
+            metavar={int: "N", float: "VALUE", str: "NAME"}[f.type],
             help=f"{f.metadata['help']} (default: {automatic.get(f.name, f.default)})")
     return parser.parse_args()
 
@@ -447,6 +459,23 @@ def sample_grid(model, A, B):
                                            constant_values=255) for picture in row], 1))
     return np.concatenate(rows)
 
+def animate(run):
+    """Writes samples.gif: the run's samples, or FRAMES of them, from the first epoch to the last."""
+    paths = sorted((run / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path))
+    chosen = np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int)
+    frames, file = [], io.BytesIO()
+    for k in chosen:
+        try:
+            frames.append(Image.fromarray(read_picture(paths[k])))
+        except UserError as error:
+            say(f"skipped: {error}")
+    if frames:
+        for frame in frames:
+            frame.thumbnail((960, 960))
+        times = [250] * (len(frames) - 1) + [2000]  # milliseconds
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+        write_file(run / "samples.gif", [file.getvalue()])
+
 def save(run, model, place):
     """Writes latest.pt, and before it, so that none is ever missing, the copy of an Nth epoch."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -522,6 +551,8 @@ def train(run, model, place, max_steps, group):
         dist.destroy_process_group()
     if place["demo"] and not signals and RANK == 0:
         judge_demo(model, config.load_size)
+    if RANK == 0:
+        animate(run)
     finished = place["epoch"] == epochs
     say(f"{'finished' if finished else 'stopped'} after step {model.steps}; all is saved in {run}; "
         + ("translate with: python translate.py --checkpoint " if finished

@@ -22,19 +22,22 @@ PIXELS = 2**20  # at most, of the pictures that pass the network together
 AHEAD = 8  # pictures that are read, and as many that are written, while others are translated
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(usage="translate.py [option ...] [PICTURE_OR_FOLDER ...]",
+                                     description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_argument_group("pictures").add_argument
     add("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER",
         help="what to translate (default: the pictures that the run learned from)")
+    add("--out", type=Path, metavar="FOLDER",
+        help="folder of the results (default: translated-AtoB or -BtoA in the run's folder)")
+    add("--side-by-side", action="store_true",
+        help="put each picture next to its translation (default: the translation alone)")
+    add = parser.add_argument_group("network").add_argument
     add("--checkpoint", type=Path, metavar="RUN_OR_FILE",
         help="a run's folder or one of its .pt files; or the authors' .pth file, or a folder of "
              "them (default: the newest run in runs/)")
     add("--direction", default="AtoB", choices=("AtoB", "BtoA"),
         help="which of its two ways a run translates (default: AtoB)")
-    add("--out", type=Path, metavar="FOLDER",
-        help="folder of the results (default: translated-AtoB or -BtoA in the run's folder)")
-    add("--side-by-side", action="store_true", help="put each picture next to its translation")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="where to compute (default: cuda if there is one, else cpu)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
