@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -32,13 +31,11 @@ import torch.distributed as dist
 from PIL import Image
 
 from cyclegan import (LOSSES, Config, CycleGAN, UserError, find_pictures, learning_rate,
-                      load_checkpoint, pick_device, pick_precision, png, read_checkpoint,
-                      read_picture, save_checkpoint, to_pictures, to_tensor, translate, write_file)
+                      load_checkpoint, pick, png, read_checkpoint, read_picture, save_checkpoint,
+                      to_pictures, to_tensor, translate, write_file)
 
 if os.name == "posix":
     import fcntl
-else:
-    import msvcrt
 
 TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or --precision fp32"
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
@@ -121,6 +118,7 @@ def connect(device):
             raise UserError(f"--nproc-per-node of torchrun: this machine has "
                             f"{torch.cuda.device_count()} GPUs; start one process for each")
         torch.cuda.set_device(LOCAL_RANK)
+        say("steps are not recorded as a CUDA graph, as there are several processes")
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # reading pictures is slow
@@ -162,12 +160,10 @@ def cached(folder, side, cache, name):
     The first call writes it; so does one after a picture was added, removed or changed. If the
     folder has gone, it is used as it is.
     """
-    whole = [path for path in cache.glob(f"{name}-*.bytes")
-             if path.stat().st_size % (3 * side ** 2) == 0]
-    earlier = sorted(whole, key=os.path.getmtime)
+    earlier, picture = [*cache.glob(f"{name}-*.bytes")], 3 * side ** 2
     if earlier and not folder.is_dir():
         say(f"{name}: {folder} has gone; going on with its pictures as they were, from {cache}")
-        data = earlier[-1]
+        data = max(earlier, key=os.path.getmtime)
     else:
         paths, stamp = find_pictures(folder), hashlib.sha256()
         for path in paths:
@@ -175,12 +171,11 @@ def cached(folder, side, cache, name):
             line = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
             stamp.update(line.encode(errors="surrogateescape"))
         data = cache / f"{name}-{stamp.hexdigest()[:16]}.bytes"
-        if data not in earlier:
+        if not data.exists() or data.stat().st_size % picture:
             write_file(data, decoded(paths, side, name))
-        for path in earlier:
-            if path != data:
-                path.unlink()
-    count = data.stat().st_size // (side * side * 3)
+        for path in set(earlier) - {data}:
+            path.unlink()
+    count = data.stat().st_size // picture
     if count == 0:
         raise UserError(f"no picture in {folder} can be read")
     say(f"{name}: {count} pictures from {folder}")
@@ -232,29 +227,22 @@ def batch(config, A, B, epoch, done):
     return (crops(A, order[places] % len(A), config.image_size, random),
             crops(B, random.integers(len(B), size=len(places)), config.image_size, random))
 
-def places(config, count, epoch, done):
-    """Yields (epoch, done, (epoch, done) after that step) from a place on, to the end of training.
-
-    A place is an epoch, counted from 0, and how many of its `count` pictures are done, which holds
-    for any number of processes.
-    """
-    while epoch < config.epochs + config.decay_epochs:
-        end = done + WORLD * config.batch_size
-        after = (epoch, end) if end < count else (epoch + 1, 0)
-        yield epoch, done, after
-        epoch, done = after
-
 def batches(config, A, B, epoch, done):
-    """Yields (epoch, the place after this step, x, y); a thread reads AHEAD batches ahead."""
-    coming = deque()
+    """Yields (epoch, the place after this step, x, y); a thread reads AHEAD batches ahead.
+
+    A place is an epoch, counted from 0, and how many of its pictures are done, which holds for any
+    number of processes.
+    """
+    coming, count, last = deque(), max(len(A), len(B)), config.epochs + config.decay_epochs
     with ThreadPoolExecutor(1) as reader:
-        for epoch, done, after in places(config, max(len(A), len(B)), epoch, done):
-            coming.append((epoch, after, reader.submit(batch, config, A, B, epoch, done)))
-            if len(coming) > AHEAD:
-                epoch, after, read = coming.popleft()
-                yield epoch, after, *read.result()
-        for epoch, after, read in coming:
-            yield epoch, after, *read.result()
+        while coming or epoch < last:
+            while len(coming) <= AHEAD and epoch < last:
+                end = done + WORLD * config.batch_size
+                after = (epoch, end) if end < count else (epoch + 1, 0)
+                coming.append((epoch, after, reader.submit(batch, config, A, B, epoch, done)))
+                epoch, done = after
+            at, after, read = coming.popleft()
+            yield at, after, *read.result()
 
 # ---- The demo: scenes, each painted as apples or as oranges --------------------------------------
 
@@ -318,14 +306,13 @@ def judge_demo(model, side):
 
 def lock(run):
     """Keeps other trainings out of a run's folder until this process ends, however it ends."""
+    if os.name != "posix":
+        return say("no lock on this system; take care that nothing else trains in this folder")
     file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock it
     try:
-        if os.name == "posix":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(file, f"{os.getpid():<9}\n".encode())
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         raise UserError(f"another training is at work in {run}; let it end, or stop it: process "
                         + (run / ".lock").read_text().strip()) from None
     except OSError as error:
@@ -363,7 +350,7 @@ def begin(given, device):
     for folder in folders:  # refused now, before anything is written
         if not any(map(readable, find_pictures(folder))):
             raise UserError(f"no picture in {folder} can be read")
-    precision = pick_precision(given.get("precision", "auto"), device)
+    precision = pick(device.type, given.get("precision", "auto"))[1]
     run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
     place = {**START, **{name: given[name] for name in HABITS if name in given}}
     if folders:
@@ -376,12 +363,11 @@ def resume(run, saved, given, device):
     model, place = load_checkpoint(run / "latest.pt", device, saved)
     if isinstance(place, dict) and "step" in place:  # as the first release counted
         place = {**HABITS, "done": place.pop("step") * model.config.batch_size, **place}
-    if not (isinstance(place, dict) and place.keys() == START.keys()
-            and all(type(place[name]) is type(value) for name, value in START.items())
-            and [type(folder) for folder in place["data"]] == [str, str]
-            and not any("\0" in folder for folder in place["data"])
-            and all(0 <= place[name] < 2**48 for name in ("epoch", "done"))
-            and all(place[name] > 0 for name in ("save_every", "sample_every"))):
+    if not (isinstance(place, dict) and {name: type(place[name]) for name in place}
+            == {name: type(START[name]) for name in START}
+            and list(map(type, place["data"])) == [str, str] and "\0" not in "".join(place["data"])
+            and min(place["epoch"], place["done"], place["save_every"] - 1,
+                    place["sample_every"] - 1) >= 0 and place["done"] < 2**48):
         raise UserError(f"{run / 'latest.pt'} is damaged: it does not say how far its run is")
     place.update({name: given[name] for name in HABITS if name in given})
     was = {**asdict(model.config), "precision": model.precision, "out": os.path.realpath(run),
@@ -416,12 +402,10 @@ def start(given, device, group):
     return found[0][0], *resume(*found[0], given, device)
 
 def trim_log(path, steps):
-    """Gives losses.csv its head and leaves it the lines of the steps that are in the checkpoint."""
-    head, lines = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n", []
-    if path.is_file():
-        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
-                 if re.match("[0-9]{1,18},.*\n", line) and int(line.split(",")[0]) <= steps]
-    write_file(path, [line.encode() for line in (head, *lines)])
+    """Leaves of losses.csv its head and the lines of the steps that are in the checkpoint."""
+    head = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n"
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
+    write_file(path, [line.encode() for line in (head, *lines[1:steps + 1])])
 
 def record(pending, path):
     """Appends the losses of all steps since the last call, which only now leave the device.
@@ -444,31 +428,25 @@ def record(pending, path):
     pending.clear()
     return table.mean(0)
 
+@torch.no_grad()
 def sample_grid(model, A, B):
     """Rows of x, G(x), F(G(x)), y, F(y), G(F(y)) for fixed, uncropped pictures. (H, W, 3) uint8."""
-    rows, device = [], next(model.parameters()).device
+    rows, device, side = [], next(model.parameters()).device, A.shape[1]
     for k in range(4):
         row = []
         for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
-            with torch.no_grad():
-                source = to_tensor(pictures[[k * len(pictures) // 4]], device)
-                fake = there(source)
-                row += [*to_pictures(torch.cat([source, fake, back(fake)]))]
-        side = pictures.shape[1]
-        rows.append(np.concatenate([np.pad(picture[:side, :side], ((2, 2), (2, 2), (0, 0)),
-                                           constant_values=255) for picture in row], 1))
+            source = to_tensor(pictures[[k * len(pictures) // 4]], device)
+            fake = there(source)
+            row += [*to_pictures(torch.cat([source, fake, back(fake)]))[:, :side, :side]]
+        frame = ((0, 0), (2, 2), (2, 2), (0, 0))
+        rows.append(np.concatenate(np.pad(row, frame, constant_values=255), 1))
     return np.concatenate(rows)
 
 def animate(run):
     """Writes samples.gif: the run's samples, or FRAMES of them, from the first epoch to the last."""
     paths = sorted((run / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path))
     chosen = np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int)
-    frames, file = [], io.BytesIO()
-    for k in chosen:
-        try:
-            frames.append(Image.fromarray(read_picture(paths[k])))
-        except UserError as error:
-            say(f"skipped: {error}")
+    frames, file = [Image.fromarray(read_picture(paths[k])) for k in chosen], io.BytesIO()
     if frames:
         for frame in frames:
             frame.thumbnail((960, 960))
@@ -566,7 +544,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training, as Ctrl-C
     options, reason = parse(), None
     try:
-        device = pick_device(options.device)
+        device, _ = pick(options.device)
         group = connect(device)
         return train(*start(vars(options), device, group), options.max_steps, group)
     except UserError as error:

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import io
 import os
 import sys
 from collections import deque
@@ -13,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from cyclegan import (SOFTWARE, UserError, find_pictures, load_generator, pick_device,
-                      pick_precision, png, read_checkpoint, read_picture, translate, write_file)
+from cyclegan import (UserError, find_pictures, load_generator, pick, read_checkpoint, read_picture,
+                      translate, write_file)
 
 PIXELS = 2**20  # at most, of the pictures that pass the network together
 AHEAD = 8  # pictures that are read, and as many that are written, while others are translated
+SOFTWARE = "cyclegan.py"  # marks results, which alone later calls may replace
 
 def parse():
     parser = argparse.ArgumentParser(usage="translate.py [option ...] [PICTURE_OR_FOLDER ...]",
@@ -53,10 +55,9 @@ def newest_run():
 def trained_on(checkpoint, run, direction):
     """The folder of the pictures from which a run learned to translate in this direction."""
     path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
-    saved = read_checkpoint(path) if path.is_file() else {}
     try:
-        return run / saved["place"]["data"][direction == "BtoA"]
-    except (IndexError, KeyError, TypeError):
+        return run / read_checkpoint(path)["place"]["data"][direction == "BtoA"]
+    except (LookupError, TypeError, UserError):
         raise UserError(f"{checkpoint} is of no run; name the pictures to translate") from None
 
 def plan(inputs, out):
@@ -64,19 +65,17 @@ def plan(inputs, out):
 
     Raises UserError if an input is missing, or a target is a source or no result of this program.
     """
-    pairs, taken = [], set()
+    pairs, taken, real_out = [], set(), Path(os.path.realpath(out))
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
-        real_out = Path(os.path.realpath(out))
-        within = Path(os.path.realpath(given)) in real_out.parents  # with results of earlier calls
+        real = Path(os.path.realpath(given))
         for source in find_pictures(given) if given.is_dir() else [given]:
-            if within and real_out in Path(os.path.realpath(source)).parents:
-                continue
-            name = Path(source.name)
-            if given.is_dir():
-                root = os.path.basename(os.path.realpath(given)) if len(inputs) > 1 else ""
-                name = Path(root, source.relative_to(given))
+            if real in real_out.parents and real_out in Path(os.path.realpath(source)).parents:
+                continue  # a result of an earlier call
+            name = source.relative_to(given) if given.is_dir() else Path(source.name)
+            if given.is_dir() and len(inputs) > 1:
+                name = real.name / name
             target, number = out / name.with_suffix(".png"), 2
             while str(target).lower() in taken:  # a.jpg and a.png, or A.jpg where case is nothing
                 target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
@@ -100,7 +99,10 @@ def skip(reason):
     print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
 def write(target, *pictures):
-    write_file(target, [png(np.concatenate(pictures, 1))])
+    file, mark = io.BytesIO(), PngImagePlugin.PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    Image.fromarray(np.concatenate(pictures, 1)).save(file, "PNG", pnginfo=mark)
+    write_file(target, [file.getbuffer()])
     print(target, flush=True)
 
 def groups(pairs, pool):
@@ -150,7 +152,7 @@ def main():
         sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     options = parse()
     try:
-        device = pick_device(options.device)
+        device, precision = pick(options.device, options.precision)
         checkpoint = options.checkpoint or newest_run()
         generator = load_generator(checkpoint, options.direction, device)
         run = checkpoint if checkpoint.is_dir() else checkpoint.parent
@@ -158,8 +160,7 @@ def main():
         out = options.out or home / f"translated-{options.direction}"
         pairs = plan(options.pictures or [trained_on(checkpoint, run, options.direction)], out)
         print(f"{checkpoint} {options.direction} on {device}, {len(pairs)} pictures", flush=True)
-        done = translate_all(generator, pick_precision(options.precision, device), pairs,
-                             options.side_by_side)
+        done = translate_all(generator, precision, pairs, options.side_by_side)
     except (UserError, OSError) as error:
         return f"translate.py: {error}"
     except KeyboardInterrupt:
