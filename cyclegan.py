@@ -21,6 +21,11 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import nn
 
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, on whatever device."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "allocate memory"))
+
 class UserError(ValueError):
     """Something that whoever runs the program can put right; the text is one line about it."""
 
@@ -40,7 +45,7 @@ class Config:
     load_size: int = _setting(286, 24, "side that pictures are resized to first (Sec. 7.1)")
     blocks: int = _setting(9, 0, "residual blocks of a generator (Sec. 7.2)")
     width: int = _setting(64, 1, "channels after the first layer of each network (Sec. 7.2)")
-    objective: str = _setting("lsgan", None, "lsgan: least squares (Sec. 4); log: Eq. 1 as printed")
+    objective: str = _setting("lsgan", None, "lsgan: least squares (Sec. 4); log: that of Eq. 1")
     lambda_gan: float = _setting(1.0, 0, "weight of the adversarial losses (1 in Eq. 3)")
     lambda_forward: float = _setting(10.0, 0, "weight of the forward cycle, F(G(x)) - x (Eq. 2, 3)")
     lambda_backward: float = _setting(10.0, 0, "weight of the backward one, G(F(y)) - y (Eq. 2, 3)")
@@ -75,20 +80,17 @@ class Config:
 # No bias stands before an InstanceNorm, which would subtract it again.
 
 class InstanceNorm(nn.Module):
-    """Each channel of each picture less its mean, over its deviation; keeps the layout of h.
-
-    PyTorch's own norms return NCHW on CUDA. Statistics take float32 at least.
-    """
+    """Each channel of each picture less its mean, over its deviation, in the layout of h."""
 
     def forward(self, h):
         if h.is_contiguous():  # NCHW: one channel a group, the fastest on a CPU
             return torch.group_norm(h, h.shape[1])
-        wide = h if h.dtype == torch.float64 else h.float()
+        wide = h if h.dtype == torch.float64 else h.float()  # for the statistics
         variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
         return ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
 
 class ReflectionPad(nn.ReflectionPad2d):
-    """Keeps the layout of h, where PyTorch's own returns NCHW on CUDA."""
+    """Keeps the layout of h; PyTorch's own padding and norms return NCHW on CUDA."""
 
     def forward(self, h):
         padded = super().forward(h)
@@ -218,9 +220,8 @@ def discriminator_loss(D, real, fake, buffer, draws, objective):
 
 def processes():
     """(rank, number) of this among the processes that train together; (0, 1) for one alone."""
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    alone = not (dist.is_available() and dist.is_initialized())
+    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
 def average(tensors):
     """Puts in place of each tensor its mean over all processes; they travel as one flat tensor."""
@@ -280,17 +281,13 @@ class ImageBuffer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shape = state_dict[prefix + "images"].shape[1:]  # not known before the first exchange
-        if self.images.shape[1:] != shape:  # else in place, where a recorded step looks for it
-            self.images = self.images.new_zeros(self.size, *shape)
+        self.images = self.images.new_zeros(self.size, *shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # ---- On CUDA: fused kernels, in one recording ----------------------------------------------------
 
 def compiled(networks, device):
-    """The networks, on CUDA compiled, so that what lies between two convolutions is fused.
-
-    Without the means to compile (Triton, a C compiler) they stay as they are, with a warning.
-    """
+    """The networks, on CUDA compiled; where that fails, as they are, with a warning."""
     if torch.device(device).type != "cuda":
         return networks
     try:
@@ -313,28 +310,31 @@ class Recording:
         self.function, self.shapes, self.stream = function, None, None
 
     def __call__(self, *tensors):
-        self.stream = self.stream or torch.cuda.Stream()  # the one that will record
+        self.stream = self.stream or torch.cuda.Stream(tensors[0].device)  # the one that records
+        here = torch.cuda.current_stream(tensors[0].device)
         shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
         if self.shapes != shapes:
-            self.shapes, self.calls, self.graph, self.result = shapes, 0, None, None
+            self.shapes, self.calls, self.graph = shapes, 0, None
         if self.calls == 3:
-            self.inputs, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
+            self.inputs, self.graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, stream=self.stream):
+                with torch.cuda.graph(self.graph, stream=self.stream):
                     self.result = self.function(*self.inputs)
-                self.graph = graph
             except RuntimeError as error:
-                warnings.warn(f"steps are slower here, as CUDA cannot record them: {error}")
+                torch.cuda.set_stream(here)  # torch.cuda.graph may have failed to
+                self.graph = None  # and the memory that it holds
+                warnings.warn("steps are slower here, as CUDA cannot record them: "
+                              f"{error.__context__ or error}")
         self.calls += 1
         if self.graph:
             for fixed, tensor in zip(self.inputs, tensors):
                 fixed.copy_(tensor)
             self.graph.replay()
             return self.result.clone()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             result = self.function(*tensors)
-        torch.cuda.current_stream().wait_stream(self.stream)
+        here.wait_stream(self.stream)
         return result
 
 # ---- Training (Sec. 4 and 7.1) -------------------------------------------------------------------
@@ -372,19 +372,17 @@ class CycleGAN(nn.Module):
         kind = torch.device(device).type
         rate = torch.tensor(config.lr, device=device) if kind == "cuda" else config.lr
         self.adam_G, self.adam_D = (
-            torch.optim.Adam([*a.parameters(), *b.parameters()], rate, (config.beta1, 0.999),
+            torch.optim.Adam([*a.parameters(), *b.parameters()], rate, (float(config.beta1), 0.999),
                              fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
             for a, b in ((self.G, self.F), (self.D_X, self.D_Y)))
         self.networks = compiled((self.G, self.F, self.D_X, self.D_Y), device)
         self.recording = Recording(self.updates)
+        self.register_load_state_dict_post_hook(lambda *_: vars(self.recording).update(shapes=None))
 
     def set_learning_rate(self, rate):
         for adam in (self.adam_G, self.adam_D):
-            [group] = adam.param_groups
-            if group["capturable"]:  # a number would be recorded, and stay
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            [group] = adam.param_groups  # on CUDA a tensor: a number would be recorded, and stay
+            group["lr"] = group["lr"].fill_(rate) if group["capturable"] else rate
 
     def draws(self, images):
         """Random numbers for both buffers, (2, N of all processes, 2), by the seed and the step."""
@@ -434,10 +432,7 @@ class CycleGAN(nn.Module):
 # ---- Files ---------------------------------------------------------------------------------------
 
 def write_file(path, chunks):
-    """Writes chunks of bytes beside `path`, syncs and renames: readers see the old file or the new.
-
-    Raises UserError, and leaves what was there, if that fails (a full disk, no permission).
-    """
+    """Writes bytes beside `path`, syncs, renames: the old file or the new. Raises UserError."""
     part = path.with_name(path.name[-40:] + ".part")  # names have a longest length
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -471,10 +466,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
 
 def load_checkpoint(path, device="cpu", saved=None):
-    """The (CycleGAN, place) of save_checkpoint, on any device. Raises UserError naming the file.
-
-    saved: what read_checkpoint gives for the file, if it has been read already.
-    """
+    """The (CycleGAN, place) in a file, or in `saved`, read from it before. Raises UserError."""
     saved = read_checkpoint(path) if saved is None else saved
     try:
         model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
@@ -488,6 +480,8 @@ def load_checkpoint(path, device="cpu", saved=None):
                     moment = moments[name].view_as(parameter)
                     moments[name] = torch.empty_like(parameter).copy_(moment)
         return model, saved["place"]
+    except torch.OutOfMemoryError:  # a RuntimeError, too
+        raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is no checkpoint of a run ({error})") from error
 
@@ -531,10 +525,7 @@ FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pill
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
 
 def find_pictures(folder):
-    """Files under a folder that are pictures by suffix, sorted. Raises UserError if there is none.
-
-    Hidden ones and what lies in the folder of a run are left out.
-    """
+    """Pictures under a folder, sorted; none hidden, none in a run's folder. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     runs = {path.parent for path in folder.rglob("latest.pt")}
@@ -604,17 +595,14 @@ def translate(generator, pictures, precision="fp32"):
         images = generator(to_tensor(pictures, device))
     return to_pictures(images)[:, :height, :width]
 
-def png(picture):
-    """(H, W, 3) uint8 -> the bytes of a PNG file."""
+def png(picture, **more):
+    """(H, W, 3) uint8 -> the bytes of a PNG file; `more` is for Pillow."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(picture).save(file, "PNG", **more)
     return file.getvalue()
 
 def pick(device, precision="auto"):
-    """(torch.device, precision) by their names; "auto" takes CUDA and bf16 where they are native.
-
-    Raises UserError for a device that is not there.
-    """
+    """(torch.device, precision); "auto" is CUDA, and bf16 where native. Raises UserError."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(),
              "mps": torch.backends.mps.is_available()}
     if device == "auto":

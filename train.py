@@ -31,8 +31,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from cyclegan import (LOSSES, Config, CycleGAN, UserError, find_pictures, learning_rate,
-                      load_checkpoint, pick, png, read_checkpoint, read_picture, save_checkpoint,
-                      to_pictures, to_tensor, translate, write_file)
+                      load_checkpoint, out_of_memory, pick, png, read_checkpoint, read_picture,
+                      save_checkpoint, to_pictures, to_tensor, translate, write_file)
 
 if os.name == "posix":
     import fcntl
@@ -105,10 +105,7 @@ def say(line, passing=False):
 # ---- Several processes ---------------------------------------------------------------------------
 
 def connect(device):
-    """Joins the processes that torchrun started, each on a GPU of its own or all on the CPU.
-
-    Returns a group in which they wait for each other on the host; None if there is only this one.
-    """
+    """Joins torchrun's processes. Returns a group to wait in on the host, None if there is one."""
     if WORLD == 1:
         return None
     if device.type == "mps":
@@ -443,7 +440,7 @@ def sample_grid(model, A, B):
     return np.concatenate(rows)
 
 def animate(run):
-    """Writes samples.gif: the run's samples, or FRAMES of them, from the first epoch to the last."""
+    """Writes samples.gif: the samples, or FRAMES of them, from the first epoch to the last."""
     paths = sorted((run / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path))
     chosen = np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int)
     frames, file = [Image.fromarray(read_picture(paths[k])) for k in chosen], io.BytesIO()
@@ -473,17 +470,17 @@ def train(run, model, place, max_steps, group):
     if model.steps >= last:
         say(f"nothing to do: {run} has done step {model.steps} of {last}")
         return 0
-    signals, hangup = [], [signal.SIGHUP] if os.name == "posix" else []
-    if hangup and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-        hangup = []  # nohup wants the run to outlive its terminal
+    signals = []
 
     def on_signal(number, _):
         signals.append(number)
         if WORLD == 1:  # a second one ends the program at once; torchrun repeats the first
             signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, *hangup):
-        signal.signal(number, on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last, and nohup ignores it
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, on_signal)
     if RANK == 0:
         trim_log(run / "losses.csv", model.steps)
     pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
@@ -547,14 +544,12 @@ def main():
         device, _ = pick(options.device)
         group = connect(device)
         return train(*start(vars(options), device, group), options.max_steps, group)
-    except UserError as error:
+    except (UserError, OSError) as error:
         reason = error
-    except OSError as error:
-        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             reason = "another process of this run has ended; once that is mended, --resume goes on"
-        elif isinstance(error, MemoryError) or "memory" in str(error):
+        elif out_of_memory(error):
             reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
         else:
             raise

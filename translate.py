@@ -6,7 +6,6 @@
 """
 
 import argparse
-import io
 import os
 import sys
 from collections import deque
@@ -16,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cyclegan import (UserError, find_pictures, load_generator, pick, read_checkpoint, read_picture,
-                      translate, write_file)
+from cyclegan import (UserError, find_pictures, load_generator, out_of_memory, pick, png,
+                      read_checkpoint, read_picture, translate, write_file)
 
 PIXELS = 2**20  # at most, of the pictures that pass the network together
 AHEAD = 8  # pictures that are read, and as many that are written, while others are translated
@@ -99,10 +98,9 @@ def skip(reason):
     print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
 def write(target, *pictures):
-    file, mark = io.BytesIO(), PngImagePlugin.PngInfo()
+    mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", SOFTWARE)
-    Image.fromarray(np.concatenate(pictures, 1)).save(file, "PNG", pnginfo=mark)
-    write_file(target, [file.getbuffer()])
+    write_file(target, [png(np.concatenate(pictures, 1), pnginfo=mark)])
     print(target, flush=True)
 
 def groups(pairs, pool):
@@ -127,7 +125,7 @@ def translate_group(generator, precision, group):
     try:
         return translate(generator, np.stack([picture for _, picture in group]), precision)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if not out_of_memory(error):
             raise
         skip("too large for the memory here: " + ", ".join(str(target) for target, _ in group))
         return []
