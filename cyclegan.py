@@ -578,7 +578,8 @@ def to_tensor(pictures, device="cpu"):
     H and W grow, by reflection, to the next multiples of 4 that are at least 8.
     """
     below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
-    pictures = np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
+    if below or right:
+        pictures = np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
     images = send(torch.from_numpy(pictures), device).permute(0, 3, 1, 2)
     return images.float().contiguous(memory_format=layout(device)) / 127.5 - 1
 

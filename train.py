@@ -483,17 +483,22 @@ def train(run, model, place, max_steps, group):
             signal.signal(number, on_signal)
     if RANK == 0:
         trim_log(run / "losses.csv", model.steps)
-    pending, shown_step, first_step, waited = [], model.steps, model.steps, 0.0
+    pending, running, shown_step, first_step, waited = [], deque(), model.steps, model.steps, 0.0
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         say("the first step compiles the networks, which may take a minute or two")
     began = shown = saved = idle = time.perf_counter()
     for epoch, after, x, y in batches(config, A, B, place["epoch"], place["done"]):
-        x, y = to_tensor(x, device), to_tensor(y, device)
         waited += time.perf_counter() - idle
+        x, y = to_tensor(x, device), to_tensor(y, device)
         rate = learning_rate(config, epoch)
         model.set_learning_rate(rate)
         losses, now = model.step(x, y), time.perf_counter()
+        if device.type == "cuda":  # else steps would be asked for faster than pictures are read
+            running.append(torch.cuda.Event(blocking=True))
+            running[-1].record()
+            if len(running) > AHEAD:
+                running.popleft().synchronize()
         stopped, due = agree(group, bool(signals), now - saved > 60 * place["save_minutes"])
         ended, stopped = after[1] == 0, stopped or model.steps >= last
         due = due or ended or stopped
