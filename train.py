@@ -477,10 +477,10 @@ def train(run, model, place, max_steps, group):
         if WORLD == 1:  # a second one ends the program at once; torchrun repeats the first
             signal.signal(number, signal.SIG_DFL)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last, and nohup ignores it
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if os.name == "posix" and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # by nohup
+        signal.signal(signal.SIGHUP, on_signal)
     if RANK == 0:
         trim_log(run / "losses.csv", model.steps)
     pending, running, shown_step, first_step, waited = [], deque(), model.steps, model.steps, 0.0
