@@ -41,17 +41,17 @@ def _setting(default, least, meaning):
 class Config:
     """All that decides the result of a training. Raises UserError naming an impossible value."""
 
-    image_size: int = _setting(256, 24, "side of the square crops, in pixels (Sec. 7.1)")
-    load_size: int = _setting(286, 24, "side that pictures are resized to first (Sec. 7.1)")
+    image_size: int = _setting(256, 24, "side of the crops, a multiple of 4 from 24 on (Sec. 7.2)")
+    load_size: int = _setting(286, 24, "side that pictures are resized to (authors' code)")
     blocks: int = _setting(9, 0, "residual blocks of a generator (Sec. 7.2)")
     width: int = _setting(64, 1, "channels after the first layer of each network (Sec. 7.2)")
-    objective: str = _setting("lsgan", None, "lsgan: least squares (Sec. 4); log: that of Eq. 1")
+    objective: str = _setting("lsgan", None, "lsgan (least squares, Sec. 4) or log (Eq. 1)")
     lambda_gan: float = _setting(1.0, 0, "weight of the adversarial losses (1 in Eq. 3)")
     lambda_forward: float = _setting(10.0, 0, "weight of the forward cycle, F(G(x)) - x (Eq. 2, 3)")
     lambda_backward: float = _setting(10.0, 0, "weight of the backward one, G(F(y)) - y (Eq. 2, 3)")
     lambda_identity: float = _setting(0.5, 0, "weight of identity, times the cycle's (Sec. 5.2)")
-    buffer_size: int = _setting(50, 0, "generated images kept per discriminator, 0: none (Sec. 4)")
-    batch_size: int = _setting(1, 1, "pictures of each domain in a step, per process (Sec. 7.1)")
+    buffer_size: int = _setting(50, 0, "generated images kept per discriminator (Sec. 4)")
+    batch_size: int = _setting(1, 1, "pictures of each domain, per process and step (Sec. 4)")
     lr: float = _setting(2e-4, 1e-12, "Adam's learning rate before the decay (Sec. 4)")
     beta1: float = _setting(0.5, 0, "Adam's first beta; the second is 0.999 (authors' code)")
     epochs: int = _setting(100, 0, "epochs at the full learning rate (Sec. 7.1)")
@@ -134,8 +134,8 @@ def initialise(network, random=None):
 class LastConvolution(nn.Conv2d):
     """7x7 convolution with 3 filters, which would leave most of a CPU's vector lanes empty.
 
-    There four copies, each shifted by one row, take four rows at a time: the same sums as 12
-    filters with stride 4, in half of the time.
+    There four copies, each shifted down by one row, make 12 filters of 10x7 with stride 4: the same
+    sums, four rows at a time, in half of the time. The height must be a multiple of 4.
     """
 
     def forward(self, h):
@@ -165,7 +165,7 @@ class Generator(nn.Module):
         initialise(self)
 
     def forward(self, images):
-        return self.model(images).to(images.dtype)
+        return self.model(images).to(images.dtype)  # losses take float32 at least
 
 class Discriminator(nn.Module):
     """C64, C128, C256, C512, then one filter: the 70 x 70 PatchGAN (Sec. 7.2, where width is 64).
@@ -186,7 +186,7 @@ class Discriminator(nn.Module):
         initialise(self)
 
     def forward(self, images):
-        return self.model(images).to(images.dtype)
+        return self.model(images).to(images.dtype)  # losses take float32 at least
 
 # ---- Losses (Sec. 3 to 5.2) ----------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ def adversarial_loss(scores, real, objective):
     "log": -log D for real, -log(1 - D) for not, where D = sigmoid(scores); "lsgan" (Sec. 4):
     (D - 1)^2 and D^2, where D = scores. The mean over pictures and patches comes last. -> 0-d
 
-    G minimises it with real=True: -log D(G(x)) in place of log(1 - D(G(x))), as everyone trains it.
+    G minimises it with real=True: -log D(G(x)), not log(1 - D(G(x))), as in both authors' codes.
     """
     if objective == "log":  # -log sigmoid(s) = softplus(-s), which never overflows
         return nn.functional.softplus(-scores if real else scores).mean()
@@ -211,7 +211,7 @@ def together(network, *batches):
     return network(torch.cat(batches)).chunk(len(batches))
 
 def discriminator_loss(D, real, fake, buffer, draws, objective):
-    """D's part of Eq. 1, halved to slow D down (Sec. 7.1), on what the buffer gives for `fake`."""
+    """D's part of Eq. 1, halved (Sec. 7.1), on what the buffer gives for `fake`. -> 0-d"""
     on_real, on_fake = together(D, real, buffer.exchange(fake.detach(), draws))
     return (adversarial_loss(on_real, True, objective)
             + adversarial_loss(on_fake, False, objective)) / 2
@@ -242,7 +242,7 @@ def gather(images):
 # ---- The buffer of generated images (Sec. 4) -----------------------------------------------------
 
 class ImageBuffer(nn.Module):
-    """The last `size` generated images of one domain, for its discriminator (authors' code).
+    """`size` earlier generated images of one domain, for its discriminator (authors' code).
 
     While it fills, an image is stored and returned. From then on it is returned with probability
     1/2; else a stored one, drawn at random, is returned, and leaves its place to the new one.
@@ -269,10 +269,10 @@ class ImageBuffer(nn.Module):
             self.images, self.count = images.new_zeros(self.size, *images.shape[1:]), self.count * 0
         draws = torch.rand(len(images), 2, device=images.device) if draws is None else draws
         returned = []
-        for image, draw in zip(images.split(1), draws):
+        for image, where, whether in zip(images.split(1), *draws.split(1, 1)):
             filling = self.count < self.size
-            place = torch.where(filling, self.count, (draw[:1] * self.size).long())
-            store = filling | (draw[1:] < 0.5)
+            place = torch.where(filling, self.count, (where * self.size).long())
+            store = filling | (whether < 0.5)
             stored = self.images.index_select(0, place)
             returned.append(torch.where(store & ~filling, stored, image))
             self.images[place] = torch.where(store, image, stored)
@@ -355,7 +355,7 @@ def update(adam, loss):
     adam.step()
 
 class CycleGAN(nn.Module):
-    """All that training changes: G, F, D_X, D_Y, a buffer per discriminator, an Adam per side.
+    """All that training changes: G, F, D_X, D_Y, a buffer for either D, an Adam for either pair.
 
     precision: "fp32", or "bf16" for networks under autocast; weights, losses and Adam stay as they
     are. After .double() all of it computes in float64. `steps` counts the steps done.
@@ -377,7 +377,8 @@ class CycleGAN(nn.Module):
             for a, b in ((self.G, self.F), (self.D_X, self.D_Y)))
         self.networks = compiled((self.G, self.F, self.D_X, self.D_Y), device)
         self.recording = Recording(self.updates)
-        self.register_load_state_dict_post_hook(lambda *_: vars(self.recording).update(shapes=None))
+        self.register_load_state_dict_post_hook(  # buffers may be other tensors then
+            lambda *_: vars(self.recording).update(shapes=None))
 
     def set_learning_rate(self, rate):
         for adam in (self.adam_G, self.adam_D):
@@ -409,7 +410,7 @@ class CycleGAN(nn.Module):
         """What `step` does on the device, with nothing that waits for it. Returns its losses."""
         c, (G, F, D_X, D_Y), (draws_X, draws_Y) = self.config, self.networks, draws
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            fake_y, same_x, same_y = G(x), x, y
+            fake_y, same_x, same_y = G(x), x, y  # same_... if there is no identity loss
             if c.lambda_identity:
                 back_x, fake_x, same_x = together(F, fake_y, y, x)
                 back_y, same_y = together(G, fake_x, y)

@@ -322,9 +322,11 @@ STEPS = {
     "log likelihood": dict(objective="log"),
     "log, no identity": dict(objective="log", lambda_identity=0.0),
     "no buffer": dict(buffer_size=0),
-    "forward cycle only": dict(lambda_backward=0.0),
-    "backward cycle only": dict(lambda_forward=0.0),
-    "GAN alone": dict(lambda_forward=0.0, lambda_backward=0.0), "cycle alone": dict(lambda_gan=0.0),
+    "forward cycle only": dict(lambda_backward=0.0, lambda_identity=0.0),
+    "forward cycle and its identity": dict(lambda_backward=0.0),
+    "backward cycle only": dict(lambda_forward=0.0, lambda_identity=0.0),
+    "GAN alone": dict(lambda_forward=0.0, lambda_backward=0.0, lambda_identity=0.0),
+    "cycle alone": dict(lambda_gan=0.0, lambda_identity=0.0),
     "unequal weights": dict(lambda_gan=2.0, lambda_forward=7.0, lambda_backward=3.0, beta1=0.3)}
 
 

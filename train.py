@@ -61,7 +61,7 @@ def parse():
         usage="train.py [--dataA FOLDER --dataB FOLDER | --resume RUN] [option ...]",
         description=__doc__, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The demo has other defaults: "
+        epilog="The demo has other defaults:\n "
                + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in DEMO.items()))
     add = parser.add_argument_group("pictures and run").add_argument
     add("--dataA", type=Path, metavar="FOLDER", help="pictures of domain A, the paper's X")
@@ -74,7 +74,7 @@ def parse():
     add("--precision", choices=("auto", "fp32", "bf16"),
         help="arithmetic of the networks (default: bf16 on a CUDA GPU that has it, else fp32)")
     add("--max-steps", type=positive, default=math.inf, metavar="N",
-        help="stop after step N, to go on later (default: when all epochs are done)")
+        help="stop after step N of the run, to go on later (default: after all epochs)")
     add("--save-every", type=positive, metavar="N",
         help="keep the checkpoint of every Nth epoch as epoch_0050.pt and so on (default: 50)")
     add("--save-minutes", type=float, metavar="M",
@@ -87,7 +87,7 @@ def parse():
         if f.name in groups:
             add = parser.add_argument_group(groups[f.name]).add_argument
         add("--" + f.name.replace("_", "-"), type=f.type,
-            metavar={int: "N", float: "VALUE", str: "NAME"}[f.type],
+            metavar={int: "N", float: "VALUE", str: "lsgan|log"}[f.type],
             help=f"{f.metadata['help']} (default: {automatic.get(f.name, f.default)})")
     return parser.parse_args()
 

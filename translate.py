@@ -38,7 +38,7 @@ def parse():
         help="a run's folder or one of its .pt files; or the authors' .pth file, or a folder of "
              "them (default: the newest run in runs/)")
     add("--direction", default="AtoB", choices=("AtoB", "BtoA"),
-        help="which of its two ways a run translates (default: AtoB)")
+        help="AtoB: with G, BtoA: with F; a single .pth file has only one (default: AtoB)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="where to compute (default: cuda if there is one, else cpu)")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
