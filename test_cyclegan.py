@@ -456,6 +456,23 @@ def test_recording_does_the_work_of_every_call_once(monkeypatch):
     assert len(warned) == 1
 
 
+def test_loaded_buffers_are_recorded_anew():
+    model, other = (CycleGAN(Config(**TINY, buffer_size=2)) for _ in range(2))
+    other.step(*(noise(1, 3, 32, 32, dtype=torch.float32) for _ in "xy"))
+    model.recording.shapes = "those of a recorded step"
+    model.load_state_dict(other.state_dict())  # with buffers of another shape
+    assert model.recording.shapes is None
+    assert torch.equal(model.buffer_X.images, other.buffer_X.images)
+
+
+def test_memory_that_ran_out_is_told_from_other_errors_about_memory():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    assert cyclegan.out_of_memory(raised.value) and cyclegan.out_of_memory(MemoryError())
+    assert cyclegan.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert not cyclegan.out_of_memory(RuntimeError("an illegal memory access was encountered"))
+
+
 def test_networks_stay_as_they_are_where_nothing_can_be_compiled(monkeypatch):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch, "compile", lambda *_: 1 / 0)
