@@ -460,7 +460,9 @@ def read_checkpoint(path):
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile  # a wrong checksum: torch.load looks at none
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what the sentences below say
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file makes the readers raise anything at all
@@ -496,7 +498,7 @@ def load_generator(path, direction="AtoB", device="cpu"):
     path, name = Path(path), f"net_G_{direction[0]}.pth"
     if path.is_dir():
         files = [path / "latest.pt", path / f"latest_{name}", path / "latest_net_G.pth",
-                 *sorted(path.glob(f"*_{name}"), key=lambda file: (-len(file.name), file.name))]
+                 *sorted(path.glob(f"*_{name}"), key=lambda f: (len(f.name), f.name), reverse=True)]
         path = next((file for file in files if file.is_file()), files[0])
     saved, weights = read_checkpoint(path), {}
     ours = ("G." if direction == "AtoB" else "F.") if "model" in saved else ""

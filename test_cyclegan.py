@@ -733,12 +733,14 @@ def test_authors_files_translate_as_their_networks_do(form, blocks, tmp_path):
 
 def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
     for folder, names in (("both", ("latest_net_G_A", "latest_net_G_B", "95_net_G_A")),
-                          ("epochs", ("95_net_G_A", "200_net_G_A", "95_net_G_B", "200_net_G_B")),
+                          ("epochs", ("195_net_G_A", "200_net_G_A", "1000_net_G_A", "95_net_G_B",
+                                      "195_net_G_B", "200_net_G_B")),
                           ("one way", ("latest_net_G",))):
         twins = {name: authors_file(tmp_path / folder / f"{name}.pth", "plain", 3, 6, seed)
                  for seed, name in enumerate(names)}
         for direction in ("AtoB", "BtoA"):
-            wanted = {"both": f"latest_net_G_{direction[0]}", "epochs": f"200_net_G_{direction[0]}",
+            highest = {"AtoB": "1000_net_G_A", "BtoA": "200_net_G_B"}[direction]
+            wanted = {"both": f"latest_net_G_{direction[0]}", "epochs": highest,
                       "one way": "latest_net_G"}[folder]
             loaded = load_generator(tmp_path / folder, direction)
             assert torch.equal(loaded.model[1].weight, twins[wanted][1].weight)
@@ -1262,6 +1264,17 @@ def test_nothing_is_written_over(place):
        "twice-out")  # but ours are
     assert len(list((place / "twice-out").rglob("*.png"))) == 6
     assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
+
+
+def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
+    program = pytest.importorskip("translate")
+    shutil.copytree(place / "apples", tmp_path / "photos")
+    out = tmp_path / "photos" / "translated"
+    pairs = program.plan([tmp_path / "photos"], out)
+    for _, target in pairs:
+        program.write(target, np.zeros((4, 4, 3), np.uint8))
+    assert program.plan([tmp_path / "photos"], out) == pairs and len(pairs) == 5
+    assert len(program.plan([out], tmp_path / "there")) == 5  # unless they are asked for
 
 
 @pytest.fixture(scope="module")
