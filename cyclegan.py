@@ -21,16 +21,16 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import nn
 
-def out_of_memory(error):
-    """Whether an exception says that memory ran out, on whatever device."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "allocate memory"))
-
 class UserError(ValueError):
     """Something that whoever runs the program can put right; the text is one line about it."""
 
     def __str__(self):  # other libraries' reasons and file names may have several
         return " ".join(super().__str__().split("\n"))
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, on whatever device."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "allocate memory"))
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -357,19 +357,20 @@ def update(adam, loss):
 class CycleGAN(nn.Module):
     """All that training changes: G, F, D_X, D_Y, a buffer for either D, an Adam for either pair.
 
-    precision: "fp32", or "bf16" for networks under autocast; weights, losses and Adam stay as they
-    are. After .double() all of it computes in float64. `steps` counts the steps done.
+    precision: "bf16" for networks under autocast, while weights, losses and Adam stay in float32;
+    "fp32"; or "auto", bf16 on a CUDA GPU that has it. After .double() all of it computes in
+    float64. `steps` counts the steps done.
     """
 
-    def __init__(self, config, device="cpu", precision="fp32"):
+    def __init__(self, config, device="cpu", precision="auto"):
         super().__init__()
-        self.config, self.precision, self.steps = config, precision, 0
+        kind = torch.device(device).type
+        self.config, self.precision, self.steps = config, pick(kind, precision)[1], 0
         self.G, self.F = (Generator(config.width, config.blocks) for _ in "GF")
         self.D_X, self.D_Y = (Discriminator(config.width) for _ in "XY")
         self.buffer_X, self.buffer_Y = (ImageBuffer(config.buffer_size) for _ in "XY")
         initialise(self, torch.Generator().manual_seed(config.seed))
         self.to(device, memory_format=layout(device))
-        kind = torch.device(device).type
         rate = torch.tensor(config.lr, device=device) if kind == "cuda" else config.lr
         self.adam_G, self.adam_D = (
             torch.optim.Adam([*a.parameters(), *b.parameters()], rate, (float(config.beta1), 0.999),
@@ -611,7 +612,7 @@ def pick(device, precision="auto"):
              "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = "cuda" if there["cuda"] else "cpu"
-    if not there[device]:
+    if not there.get(device, True):
         raise UserError(f"--device {device}: PyTorch finds none on this machine; try --device cpu")
     if precision == "auto":
         native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -564,6 +564,15 @@ class TestOnCUDA:
         assert all(seen) and len(seen) > 30
 
 
+def test_bf16_is_the_default_where_a_gpu_has_it_and_never_on_a_cpu(monkeypatch):
+    assert CycleGAN(Config(**TINY)).precision == "fp32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        assert cyclegan.pick("auto") == (torch.device("cuda"), expected)
+        assert cyclegan.pick("cuda", "fp32")[1] == cyclegan.pick("cpu")[1] == "fp32"
+
+
 def test_bf16_leaves_weights_losses_and_images_in_float32():
     model, x = CycleGAN(Config(**TINY), precision="bf16"), noise(1, 3, 32, 32, dtype=torch.float32)
     losses = model.step(x, x)

@@ -347,12 +347,12 @@ def begin(given, device):
     for folder in folders:  # refused now, before anything is written
         if not any(map(readable, find_pictures(folder))):
             raise UserError(f"no picture in {folder} can be read")
-    precision = pick(device.type, given.get("precision", "auto"))[1]
     run = new_folder(given.get("out"), "-".join(folder.name for folder in folders) or "demo")
     place = {**START, **{name: given[name] for name in HABITS if name in given}}
     if folders:
         place.update(demo=False, data=list(map(str, folders)))
-    save_checkpoint(run / "latest.pt", CycleGAN(config, device, precision), place)
+    model = CycleGAN(config, device, given.get("precision", "auto"))
+    save_checkpoint(run / "latest.pt", model, place)
     return run
 
 def resume(run, saved, given, device):
