@@ -9,6 +9,7 @@ translate; D_X tells x from F(y), D_Y tells y from G(x). X is domain A of the co
 """
 
 import io
+import math
 import os
 import warnings
 import zipfile
@@ -25,7 +26,7 @@ class UserError(ValueError):
     """Something that whoever runs the program can put right; the text is one line about it."""
 
     def __str__(self):  # other libraries' reasons and file names may have several
-        return " ".join(super().__str__().split("\n"))
+        return " ".join(line.strip() for line in super().__str__().splitlines())
 
 def out_of_memory(error):
     """Whether an exception says that memory ran out, on whatever device."""
@@ -52,7 +53,7 @@ class Config:
     lambda_identity: float = _setting(0.5, 0, "weight of identity, times the cycle's (Sec. 5.2)")
     buffer_size: int = _setting(50, 0, "generated images kept per discriminator (Sec. 4)")
     batch_size: int = _setting(1, 1, "pictures of each domain, per process and step (Sec. 4)")
-    lr: float = _setting(2e-4, 1e-12, "Adam's learning rate before the decay (Sec. 4)")
+    lr: float = _setting(2e-4, 0, "Adam's learning rate before the decay (Sec. 4)")
     beta1: float = _setting(0.5, 0, "Adam's first beta; the second is 0.999 (authors' code)")
     epochs: int = _setting(100, 0, "epochs at the full learning rate (Sec. 7.1)")
     decay_epochs: int = _setting(100, 0, "further epochs, the rate falling to zero (Sec. 7.1)")
@@ -71,6 +72,7 @@ class Config:
         check("image_size", self.image_size % 4 == 0, "a multiple of 4")
         check("load_size", self.load_size >= self.image_size, f"{self.image_size} or more")
         check("objective", self.objective in ("lsgan", "log"), "lsgan or log")
+        check("lr", self.lr > 0, "above 0")
         check("beta1", self.beta1 < 1, "below 1")
         check("seed", self.seed < 2**63, "below 2^63")
         check("epochs", 0 < self.epochs + self.decay_epochs < 10**6,
@@ -85,7 +87,7 @@ class InstanceNorm(nn.Module):
     def forward(self, h):
         if h.is_contiguous():  # NCHW: one channel a group, the fastest on a CPU
             return torch.group_norm(h, h.shape[1])
-        wide = h if h.dtype == torch.float64 else h.float()  # for the statistics
+        wide = h if h.dtype == torch.float64 else h.float()  # statistics take float32 at least
         variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
         return ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
 
@@ -135,7 +137,7 @@ class LastConvolution(nn.Conv2d):
     """7x7 convolution with 3 filters, which would leave most of a CPU's vector lanes empty.
 
     There four copies, each shifted down by one row, make 12 filters of 10x7 with stride 4: the same
-    sums, four rows at a time, in half of the time. The height must be a multiple of 4.
+    sums, four rows at a time, in about half of the time. The height must be a multiple of 4.
     """
 
     def forward(self, h):
@@ -282,6 +284,8 @@ class ImageBuffer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         shape = state_dict[prefix + "images"].shape[1:]  # not known before the first exchange
         self.images = self.images.new_zeros(self.size, *shape)
+        if not 0 <= state_dict[prefix + "count"].item() <= self.size:
+            raise ValueError(f"{prefix}count is no number of images")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 # ---- On CUDA: fused kernels, in one recording ----------------------------------------------------
@@ -476,17 +480,20 @@ def load_checkpoint(path, device="cpu", saved=None):
         model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
         model.load_state_dict(saved["model"])
         model.steps = int(saved["steps"])
+        if not 0 <= model.steps < 2**48:
+            raise ValueError(f"{model.steps} steps")
         for adam, state in zip((model.adam_G, model.adam_D), saved["adams"], strict=True):
             adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
             for parameter, moments in adam.state.items():  # of another shape they would crash it
-                moments["step"].view(())
                 for name in ("exp_avg", "exp_avg_sq"):
-                    moment = moments[name].view_as(parameter)
-                    moments[name] = torch.empty_like(parameter).copy_(moment)
+                    if moments[name].shape != parameter.shape or moments["step"].numel() != 1:
+                        raise ValueError(f"{name} is of no parameter")
+                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
         return model, saved["place"]
     except torch.OutOfMemoryError:  # a RuntimeError, too
         raise
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+            RuntimeError) as error:
         raise UserError(f"{path} is no checkpoint of a run ({error})") from error
 
 def load_generator(path, direction="AtoB", device="cpu"):
@@ -552,7 +559,7 @@ def read_picture(path, side=None):
         with Image.open(path) as image:
             if image.format not in FORMATS.split():
                 raise UserError(f"{image.format} is none of {FORMATS}")
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise UserError(f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels")
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # greys of 16 bits, or of 32, for which no white is agreed

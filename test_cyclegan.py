@@ -325,6 +325,8 @@ STEPS = {
     "forward cycle only": dict(lambda_backward=0.0, lambda_identity=0.0),
     "forward cycle and its identity": dict(lambda_backward=0.0),
     "backward cycle only": dict(lambda_forward=0.0, lambda_identity=0.0),
+    "backward cycle and its identity": dict(lambda_forward=0.0),
+    "cycle and identity": dict(lambda_gan=0.0),
     "GAN alone": dict(lambda_forward=0.0, lambda_backward=0.0, lambda_identity=0.0),
     "cycle alone": dict(lambda_gan=0.0, lambda_identity=0.0),
     "unequal weights": dict(lambda_gan=2.0, lambda_forward=7.0, lambda_backward=3.0, beta1=0.3)}
@@ -648,7 +650,7 @@ def test_learning_rate():
     ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
     ("lambda_identity", -0.5),
     ("lambda_forward", math.nan), ("objective", "wgan"), ("batch_size", 0), ("lr", 0.0),
-    ("lr", math.inf),
+    ("lr", math.inf), ("lr", -1e-4),
     ("beta1", 1.0), ("width", 0), ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5),
     ("seed", "x"), ("seed", 2**64)])
 def test_impossible_settings_are_refused_by_name(field, value):
@@ -856,6 +858,39 @@ def test_moments_of_other_shapes_are_refused(name, value, tmp_path):
     torch.save(saved, tmp_path / "a.pt")
     with pytest.raises(UserError, match="a.pt"):
         load_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", -1), ("steps", 2**60), ("steps", math.inf), ("count", 51), ("count", -1)])
+def test_counts_that_nothing_can_have_are_refused(name, value, tmp_path):
+    save_checkpoint(tmp_path / "a.pt", CycleGAN(Config(**TINY)), START)
+    saved = torch.load(tmp_path / "a.pt")
+    if name == "steps":
+        saved[name] = value
+    else:
+        saved["model"]["buffer_Y.count"].fill_(value)
+    torch.save(saved, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
+def test_the_log_keeps_the_steps_of_the_checkpoint_even_if_it_had_lost_some(tmp_path):
+    train, log = pytest.importorskip("train"), tmp_path / "losses.csv"
+    log.write_text("step,epoch\n3,1\n4,1\n²,\n\n5,1\n6,1\n7,")  # 1 and 2 lost, 7 cut short
+    train.trim_log(log, 5)
+    assert log.read_text().splitlines()[1:] == ["3,1", "4,1", "5,1"]
+
+
+def test_a_damaged_sample_is_left_out_of_the_animation(tmp_path, capsys):
+    train = pytest.importorskip("train")
+    (tmp_path / "samples").mkdir()
+    for k in (1, 2, 3):
+        Image.new("RGB", (8, 8), (k * 60, 0, 0)).save(tmp_path / "samples" / f"epoch_000{k}.png")
+    (tmp_path / "samples" / "epoch_0002.png").write_bytes(b"")
+    train.animate(tmp_path)
+    assert "skipped: cannot read" in capsys.readouterr().out
+    with Image.open(tmp_path / "samples.gif") as animation:
+        assert animation.n_frames == 2
 
 
 class Malice:

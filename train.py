@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -36,6 +37,8 @@ from cyclegan import (LOSSES, Config, CycleGAN, UserError, find_pictures, learni
 
 if os.name == "posix":
     import fcntl
+else:
+    import msvcrt
 
 TOO_FAR = "the last checkpoint is from before; start again with a lower --lr or --precision fp32"
 DEMO = dict(image_size=64, load_size=64, width=16, blocks=2, lr=5e-4, epochs=4, decay_epochs=4)
@@ -303,13 +306,14 @@ def judge_demo(model, side):
 
 def lock(run):
     """Keeps other trainings out of a run's folder until this process ends, however it ends."""
-    if os.name != "posix":
-        return say("no lock on this system; take care that nothing else trains in this folder")
     file = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock it
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.name == "posix":
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         os.write(file, f"{os.getpid():<9}\n".encode())
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"another training is at work in {run}; let it end, or stop it: process "
                         + (run / ".lock").read_text().strip()) from None
     except OSError as error:
@@ -363,8 +367,8 @@ def resume(run, saved, given, device):
     if not (isinstance(place, dict) and {name: type(place[name]) for name in place}
             == {name: type(START[name]) for name in START}
             and list(map(type, place["data"])) == [str, str] and "\0" not in "".join(place["data"])
-            and min(place["epoch"], place["done"], place["save_every"] - 1,
-                    place["sample_every"] - 1) >= 0 and place["done"] < 2**48):
+            and all(0 <= place[name] < 2**48 for name in ("epoch", "done"))
+            and all(place[name] > 0 for name in ("save_every", "sample_every"))):
         raise UserError(f"{run / 'latest.pt'} is damaged: it does not say how far its run is")
     place.update({name: given[name] for name in HABITS if name in given})
     was = {**asdict(model.config), "precision": model.precision, "out": os.path.realpath(run),
@@ -400,9 +404,11 @@ def start(given, device, group):
 
 def trim_log(path, steps):
     """Leaves of losses.csv its head and the lines of the steps that are in the checkpoint."""
-    head = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n"
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.is_file() else []
-    write_file(path, [line.encode() for line in (head, *lines[1:steps + 1])])
+    head, lines = ",".join(("step", "epoch", "rate", *LOSSES)) + "\n", []
+    if path.is_file():
+        lines = [line for line in path.read_text(errors="replace").splitlines(keepends=True)
+                 if re.match("[0-9]{1,18},.*\n", line) and int(line.split(",")[0]) <= steps]
+    write_file(path, [line.encode() for line in (head, *lines)])
 
 def record(pending, path):
     """Appends the losses of all steps since the last call, which only now leave the device.
@@ -443,7 +449,12 @@ def animate(run):
     """Writes samples.gif: the samples, or FRAMES of them, from the first epoch to the last."""
     paths = sorted((run / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path))
     chosen = np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int)
-    frames, file = [Image.fromarray(read_picture(paths[k])) for k in chosen], io.BytesIO()
+    frames, file = [], io.BytesIO()
+    for k in chosen:
+        try:
+            frames.append(Image.fromarray(read_picture(paths[k])))
+        except UserError as error:
+            say(f"skipped: {error}")
     if frames:
         for frame in frames:
             frame.thumbnail((960, 960))
@@ -549,8 +560,10 @@ def main():
         device, _ = pick(options.device)
         group = connect(device)
         return train(*start(vars(options), device, group), options.max_steps, group)
-    except (UserError, OSError) as error:
+    except UserError as error:
         reason = error
+    except OSError as error:
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             reason = "another process of this run has ended; once that is mended, --resume goes on"
