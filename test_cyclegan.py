@@ -876,7 +876,7 @@ def test_counts_that_nothing_can_have_are_refused(name, value, tmp_path):
 
 def test_the_log_keeps_the_steps_of_the_checkpoint_even_if_it_had_lost_some(tmp_path):
     train, log = pytest.importorskip("train"), tmp_path / "losses.csv"
-    log.write_text("step,epoch\n3,1\n4,1\n²,\n\n5,1\n6,1\n7,")  # 1 and 2 lost, 7 cut short
+    log.write_text("step,epoch\n3,1\n4,1\n²,\n\n5,1\n6,1\n5,0")  # 1 and 2 lost, the last cut short
     train.trim_log(log, 5)
     assert log.read_text().splitlines()[1:] == ["3,1", "4,1", "5,1"]
 
