@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
 from cyclegan import (UserError, find_pictures, load_generator, out_of_memory, pick, png,
                       read_checkpoint, read_picture, translate, write_file)
@@ -64,7 +64,7 @@ def plan(inputs, out):
 
     Raises UserError if an input is missing, or a target is a source or no result of this program.
     """
-    pairs, taken, real_out = [], set(), Path(os.path.realpath(out))
+    pairs, real_out = {}, Path(os.path.realpath(out))
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
@@ -76,29 +76,26 @@ def plan(inputs, out):
             if given.is_dir() and len(inputs) > 1:
                 name = real.name / name
             target, number = out / name.with_suffix(".png"), 2
-            while str(target).lower() in taken:  # a.jpg and a.png, or A.jpg where case is nothing
+            while str(target).lower() in pairs:  # a.jpg and a.png, or A.jpg where case is nothing
                 target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
-            taken.add(str(target).lower())
-            pairs.append((source, target))
-    sources = {os.path.realpath(source) for source, _ in pairs}
-    for _, target in pairs:
-        if os.path.realpath(target) in sources or target.exists() and not translated(target):
+            pairs[str(target).lower()] = source, target
+    sources = {os.path.realpath(source) for source, _ in pairs.values()}
+    for _, target in pairs.values():
+        if os.path.realpath(target) in sources or target.exists() and not (
+                target.is_file() and translated(target)):
             raise UserError(f"{target} is there, and not from here; choose another --out")
-    return pairs
+    return [*pairs.values()]
 
 def translated(path):
     """Whether a file is the result of an earlier call, which may be replaced."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == SOFTWARE
-    except OSError:
-        return False
+    with open(path, "rb") as file:  # the mark stands before the pixels
+        return f"Software\0{SOFTWARE}".encode() in file.read(99)
 
 def skip(reason):
     print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
 def write(target, *pictures):
-    mark = PngImagePlugin.PngInfo()
+    mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
     write_file(target, [png(np.concatenate(pictures, 1), pnginfo=mark)])
     print(target, flush=True)
@@ -121,22 +118,20 @@ def groups(pairs, pool):
             most = max(1, PIXELS // (height * width))
             yield from (same[i:i + most] for i in range(0, len(same), most))
 
-def translate_group(generator, precision, group):
-    try:
-        return translate(generator, np.stack([picture for _, picture in group]), precision)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        skip("too large for the memory here: " + ", ".join(str(target) for target, _ in group))
-        return []
-
 def translate_all(generator, precision, pairs, side_by_side):
     """Translates, while threads read what comes next and write what is done. Returns how many."""
     writing, done = deque(), 0
     with ThreadPoolExecutor() as pool:
         for group in groups(pairs, pool):
-            results = translate_group(generator, precision, group)
-            for (target, picture), result in zip(group, results):
+            targets, pictures = zip(*group)
+            try:
+                results = translate(generator, np.stack(pictures), precision)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                skip("too large for the memory here: " + ", ".join(map(str, targets)))
+                continue
+            for target, picture, result in zip(targets, pictures, results):
                 writing.append(pool.submit(write, target, *[picture] * side_by_side, result))
                 done += 1
             while len(writing) > AHEAD:
