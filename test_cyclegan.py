@@ -6,11 +6,14 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import math
+import operator
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -37,9 +40,9 @@ from cyclegan import (Config, CycleGAN, Discriminator, Generator, ImageBuffer, U
                       adversarial_loss, layout, learning_rate, load_checkpoint, load_generator,
                       read_picture, save_checkpoint, to_pictures, to_tensor)
 
+
 HERE = Path(__file__).resolve().parent
 TINY = dict(image_size=32, load_size=36, width=4, blocks=2)
-FLAGS = "--image-size 24 --load-size 28 --width 2 --blocks 1".split()
 
 
 # ---- The literal twin: the step as the authors' code takes it, with no fusion --------------------
@@ -164,7 +167,13 @@ def noise(*shape, seed=0, dtype=torch.float64):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
 
 
+def image(seed=0):
+    """One of the size of TINY, as training sees it."""
+    return noise(1, 3, 32, 32, seed=seed, dtype=torch.float32)
+
+
 # ---- Networks ------------------------------------------------------------------------------------
+
 
 def layers_of(network, size):
     """(channels, side) behind every layer that changes them."""
@@ -292,6 +301,7 @@ def test_weights_start_from_a_normal_of_2_percent():
 
 # ---- Losses --------------------------------------------------------------------------------------
 
+
 def test_losses_against_numpy():
     scores = noise(2, 1, 5, 4) * 3
     s = scores.numpy()
@@ -322,6 +332,7 @@ def test_discriminator_loss_is_halved():
 
 
 # ---- The step ------------------------------------------------------------------------------------
+
 
 STEPS = {
     "as in the paper": {}, "no identity": dict(lambda_identity=0.0),
@@ -364,7 +375,7 @@ def test_step_refuses_x_and_y_of_different_shapes():
 
 
 def test_update_computes_and_changes_nothing_of_the_other_networks():
-    model, x = CycleGAN(Config(**TINY)), noise(1, 3, 32, 32, dtype=torch.float32)
+    model, x = CycleGAN(Config(**TINY)), image()
     before = [p.clone() for p in model.parameters()]
     cyclegan.update(model.adam_G,
                     model.D_Y(model.G(x)).square().mean() + model.D_X(model.F(x)).mean())
@@ -451,7 +462,7 @@ def test_recording_does_the_work_of_every_call_once(monkeypatch):
 
 def test_loaded_buffers_are_recorded_anew():
     model, other = (CycleGAN(Config(**TINY, buffer_size=2)) for _ in range(2))
-    other.step(*(noise(1, 3, 32, 32, dtype=torch.float32) for _ in "xy"))
+    other.step(image(), image())
     model.recording.shapes = "those of a recorded step"
     model.load_state_dict(other.state_dict())  # with buffers of another shape
     assert model.recording.shapes is None
@@ -567,7 +578,7 @@ def test_bf16_is_the_default_where_a_gpu_has_it_and_never_on_a_cpu(monkeypatch):
 
 
 def test_bf16_leaves_weights_losses_and_images_in_float32():
-    model, x = CycleGAN(Config(**TINY), precision="bf16"), noise(1, 3, 32, 32, dtype=torch.float32)
+    model, x = CycleGAN(Config(**TINY), precision="bf16"), image()
     losses = model.step(x, x)
     tensors = (*losses.values(), *model.parameters(), model.buffer_X.images)
     assert {v.dtype for v in tensors} == {torch.float32}
@@ -576,6 +587,7 @@ def test_bf16_leaves_weights_losses_and_images_in_float32():
 
 
 # ---- The buffer and the schedule -----------------------------------------------------------------
+
 
 def test_buffer_by_hand():
     buffer = ImageBuffer(2)
@@ -630,12 +642,13 @@ def test_learning_rate():
     assert learning_rate(Config(decay_epochs=0), 99) == 2e-4
     model = CycleGAN(Config(**TINY))
     model.set_learning_rate(0.0)
-    before, x = [p.clone() for p in model.parameters()], noise(1, 3, 32, 32, dtype=torch.float32)
-    model.step(x, x)
+    before = [p.clone() for p in model.parameters()]
+    model.step(image(), image())
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
 # ---- Settings and files --------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("field, value", [
     ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
@@ -656,17 +669,16 @@ def state_of(model):
 
 
 def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
-    x, y = (noise(1, 3, 32, 32, seed=s, dtype=torch.float32) for s in (0, 1))
     one = CycleGAN(Config(**TINY, buffer_size=2))
     for _ in range(3):
-        one.step(x, y)
+        one.step(image(0), image(1))
     save_checkpoint(tmp_path / "a.pt", one, {"epoch": 3})
     two, place = load_checkpoint(tmp_path / "a.pt")
     assert place == {"epoch": 3} and two.config == one.config
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
-        one.step(x, y)
-        two.step(x, y)
+        for each in (one, two):
+            each.step(image(0), image(1))
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -748,12 +760,11 @@ def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
             assert torch.equal(loaded.model[1].weight, twins[wanted][1].weight)
 
 
-def test_translate_takes_authors_files(place, tmp_path):
+def test_translate_takes_authors_files(tmp_path):
     twin = authors_file(tmp_path / "horse2zebra" / "latest_net_G_B.pth", "old")
     Image.fromarray(photograph()).save(tmp_path / "a photograph.png")
-    out = ok(tmp_path, "translate.py", "a photograph.png", "--checkpoint", "horse2zebra",
-             "--direction", "BtoA", "--out", "there")
-    assert "1 translated" in out
+    assert "1 translated" in ok(tmp_path, "translate.py 'a photograph.png' --checkpoint horse2zebra"
+                                " --direction BtoA --out there")
     result = read_picture(tmp_path / "there" / "a photograph.png")
     assert np.abs(result - by_twin(twin, photograph())).max() < 1
 
@@ -793,13 +804,24 @@ START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictu
          "save_every": 1, "save_minutes": 1.0, "sample_every": 1}
 
 
-@pytest.mark.parametrize("place", [
-    None, [], {}, {**START, "epoch": "1"}, {**START, "done": -1}, {**START, "data": ["a"]},
-    {**START, "data": [1, 2]}, {**START, "save_every": 0}, {**START, "done": 10**30},
-    {**START, "data": ["a\0", "b"]}])
-def test_checkpoints_that_do_not_say_where_they_are_are_refused(place, tmp_path):
-    save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY)), place)
-    with pytest.raises(UserError, match="latest.pt is damaged"):
+@pytest.mark.parametrize("keys, value", [
+    *((["place"], value) for value in (None, [], {})), (["place", "epoch"], "1"),
+    (["place", "done"], -1), (["place", "done"], 10**30), (["place", "save_every"], 0),
+    *((["place", "data"], value) for value in (["a"], [1, 2], ["a\0", "b"])),
+    *((["steps"], value) for value in (-1, 2**60, math.inf)),
+    *((["model", "buffer_Y.count"], torch.tensor([value])) for value in (51, -1)),
+    # The fused Adam would write past the end of moments of another shape.
+    (["adams", 1, 0, "exp_avg"], torch.zeros(3)), (["adams", 1, 0, "exp_avg_sq"], torch.zeros(1)),
+    (["adams", 1, 0, "exp_avg"], None), (["adams", 1, 0, "step"], torch.zeros(4))])
+def test_impossible_values_in_a_checkpoint_are_refused(keys, value, tmp_path):
+    model, (*way, last) = CycleGAN(Config(**TINY)), keys
+    model.step(image(), image())
+    save_checkpoint(tmp_path / "latest.pt", model, START)
+    saved = torch.load(tmp_path / "latest.pt")
+    functools.reduce(operator.getitem, way, saved)[last] = value
+    torch.save(saved, tmp_path / "latest.pt")
+    reason = "damaged" if keys[0] == "place" else "no checkpoint of a run"
+    with pytest.raises(UserError, match=f"latest.pt is {reason}"):
         train.resume(tmp_path, None, {}, torch.device("cpu"))
 
 
@@ -813,10 +835,9 @@ def test_the_copy_of_an_epoch_is_saved_before_the_latest(monkeypatch):
 
 
 def test_several_processes_without_their_addresses_get_one_sentence(tmp_path):
-    done = subprocess.run([sys.executable, HERE / "train.py"], cwd=tmp_path, capture_output=True,
-                          env={**ENVIRONMENT, "WORLD_SIZE": "2"}, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "WORLD_SIZE is 2" in done.stderr and "torchrun" in done.stderr
+    status, _, err = run(tmp_path, "train.py", env={**ENVIRONMENT, "WORLD_SIZE": "2"})
+    assert status == 1 and len(err.splitlines()) == 1, err
+    assert "WORLD_SIZE is 2" in err and "torchrun" in err
 
 
 def test_run_of_the_first_release_goes_on(tmp_path):
@@ -831,36 +852,8 @@ def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(Config(**TINY)),
                     {**START, "data": ["../outside/apples", "../outside/oranges"]})
-    status, _, err = run(tmp_path, "train.py", "--resume", "run")
+    status, _, err = run(tmp_path, "train.py --resume run")
     assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
-
-
-@pytest.mark.parametrize("name, value", [
-    ("exp_avg", torch.zeros(3)), ("exp_avg_sq", torch.zeros(1)), ("exp_avg", None),
-    ("step", torch.zeros(4))])
-def test_moments_of_other_shapes_are_refused(name, value, tmp_path):
-    model = CycleGAN(Config(**TINY))
-    model.step(*(noise(1, 3, 32, 32, dtype=torch.float32) for _ in "xy"))
-    save_checkpoint(tmp_path / "a.pt", model, START)
-    saved = torch.load(tmp_path / "a.pt")
-    saved["adams"][1][0][name] = value  # the fused Adam would write past its end
-    torch.save(saved, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="a.pt"):
-        load_checkpoint(tmp_path / "a.pt")
-
-
-@pytest.mark.parametrize("name, value", [
-    ("steps", -1), ("steps", 2**60), ("steps", math.inf), ("count", 51), ("count", -1)])
-def test_counts_that_nothing_can_have_are_refused(name, value, tmp_path):
-    save_checkpoint(tmp_path / "a.pt", CycleGAN(Config(**TINY)), START)
-    saved = torch.load(tmp_path / "a.pt")
-    if name == "steps":
-        saved[name] = value
-    else:
-        saved["model"]["buffer_Y.count"].fill_(value)
-    torch.save(saved, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="a.pt"):
-        load_checkpoint(tmp_path / "a.pt")
 
 
 def test_the_log_keeps_the_steps_of_the_checkpoint_even_if_it_had_lost_some(tmp_path):
@@ -895,6 +888,7 @@ def test_checkpoints_run_no_code(tmp_path, monkeypatch):
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
+
 
 def test_pictures_of_every_mode(tmp_path):
     ramp = np.linspace(0, 255, 6 * 5).round().astype(np.uint8).reshape(5, 6)
@@ -958,23 +952,70 @@ def test_translations_have_the_size_of_their_picture(height, width):
 
 # ---- The programs, run for real ------------------------------------------------------------------
 
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1",  # the fastest for networks so small
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+SMALL = "--image-size 24 --load-size 28 --width 2 --blocks 1"
+TRAIN = f"train.py --dataA apples --dataB oranges {SMALL}"
 
 
-def run(folder, *arguments):
+def launch(folder, line, processes=1, **options):
+    """Starts a command line of one of the programs in a folder; several processes by torchrun."""
+    program, *arguments = shlex.split(line)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([sys.executable, *torchrun * (processes > 1), HERE / program,
+                             *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **{"env": ENVIRONMENT, **options})
+
+
+def finish(*processes, timeout):
+    """Waits for programs that run side by side, -> (exit status, output, errors) of each."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *each) for process, each in zip(processes, said)]
+
+
+def run(folder, line, **options):
     """Runs one of the programs in a folder, -> (exit status, standard output, standard error)."""
-    program, *rest = map(str, arguments)
-    done = subprocess.run([sys.executable, HERE / program, *rest], cwd=folder, capture_output=True,
-                          env=ENVIRONMENT, text=True, timeout=300)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+    [(status, out, err)] = finish(launch(folder, line, **options), timeout=300)
+    assert "Traceback" not in err, err
+    return status, out, err
 
 
-def ok(folder, *arguments):
-    status, out, err = run(folder, *arguments)
+def ok(folder, line):
+    status, out, err = run(folder, line)
     assert status == 0, err
     return out
+
+
+def side_by_side(function, folder, *lines):
+    """What `run` or `ok` gives for each command line, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda line: function(folder, line), lines))
+
+
+def wait_for(process, beginning):
+    return next(line for line in process.stdout if line.startswith(beginning))
+
+
+def steps_of(run):
+    """How many steps are in the checkpoint of a run."""
+    return load_checkpoint(run / "latest.pt")[0].steps
+
+
+def logged_steps(run):
+    return [int(line.split(",")[0]) for line in
+            (run / "losses.csv").read_text().splitlines()[1:]]
+
+
+def same_state(one, two):
+    """Whether two runs have the same checkpoint, bit for bit."""
+    (one, here), (two, there) = (load_checkpoint(run / "latest.pt") for run in (one, two))
+    return here == there and all(
+        torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -989,20 +1030,19 @@ def place(tmp_path_factory):
             path = folder / name / ("more" if k == 1 else "")
             path = path / f"{name} {k}.{'jpg' if k % 2 else 'png'}"
             Image.fromarray(picture.astype(np.uint8)).save(path)
-    out = ok(folder, "train.py", "--dataA", "apples/", "--dataB", "oranges/", *FLAGS, "--epochs", 2,
-             "--decay-epochs", 2, "--batch-size", 2, "--save-every", 2, "--out", "trained")
+    out = ok(folder, f"{TRAIN} --epochs 2 --decay-epochs 2 --batch-size 2 --save-every 2"
+                     " --out trained")
     assert "finished after step 12" in out  # 4 epochs of 3 batches for 5 pictures
     return folder
 
 
 def test_training_writes_what_it_promises(place):
     run_folder = place / "trained"
-    written = sorted(str(p.relative_to(run_folder)) for p in run_folder.rglob("*") if p.is_file())
-    written = [re.sub("-[0-9a-f]{16}", "", name) for name in written]
-    assert written == [".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
-                       "latest.pt",
-                       "losses.csv", "samples.gif",
-                       *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
+    written = {re.sub("-[0-9a-f]{16}", "", str(path.relative_to(run_folder)))
+               for path in run_folder.rglob("*") if path.is_file()}
+    assert written == {".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
+                       "latest.pt", "losses.csv", "samples.gif",
+                       *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))}
     lines = (run_folder / "losses.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,rate,gan,cycle,identity,D_X,D_Y"
     rows = [[float(v) for v in line.split(",")] for line in lines[1:]]
@@ -1055,103 +1095,101 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     assert all((np.concatenate(part) == b).all() for *part, b in zip(*parts, again))
 
 
-def test_the_decaying_rate_reaches_adam(place):
-    # One epoch of two of decay has half of the rate.
-    runs = [launch(place, "--dataA", "apples", "--dataB", "oranges", *FLAGS, "--out", out,
-                   *schedule.split())
-            for out, schedule in (("decayed", "--lr 4e-4 --epochs 0 --decay-epochs 1"),
-                                  ("constant", "--lr 2e-4 --epochs 1 --decay-epochs 0"))]
-    assert [process.wait(60) for process in runs] == [0, 0]
-    one, two = (load_checkpoint(place / out / "latest.pt")[0] for out in ("decayed", "constant"))
-    assert all(torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
+@pytest.fixture(scope="module")
+def swapped(place):
+    """What two runs of one epoch say; the second has one of two of decay, so half of its rate."""
+    line = f"train.py --dataA oranges --dataB apples {SMALL}"
+    return [ok(place, f"{line} {schedule}") for schedule in (
+        "--lr 2e-4 --epochs 1 --decay-epochs 0", "--lr 4e-4 --epochs 0 --decay-epochs 1")]
 
 
-def test_small_domains_are_drawn_from_for_the_whole_epoch(place):
-    out = ok(place, "train.py", "--dataA", "oranges", "--dataB", "apples", *FLAGS, "--epochs", 1,
-             "--decay-epochs", 0)
-    assert "finished after step 5" in out  # max(3, 5)
-    assert (place / "runs" / "oranges-apples").is_dir()
-    out = ok(place, "train.py", "--dataA", "oranges", "--dataB", "apples", *FLAGS, "--max-steps", 1)
-    assert "new run runs/oranges-apples-2" in out
+def test_the_decaying_rate_reaches_adam(swapped, place):
+    assert same_state(*(place / "runs" / name for name in ("oranges-apples", "oranges-apples-2")))
 
 
-def launch(folder, *arguments, processes=1, **options):
-    """Starts train.py in a folder, by torchrun if it shall be several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return subprocess.Popen([sys.executable, *(torchrun if processes > 1 else []),
-                             HERE / "train.py", *map(str, arguments)], cwd=folder, text=True,
-                            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            **options)
+def test_small_domains_are_drawn_from_for_the_whole_epoch(swapped):
+    assert "finished after step 5" in swapped[0]  # max(3, 5)
 
 
-def wait_for(process, beginning):
-    return next(line for line in process.stdout if line.startswith(beginning))
+def test_new_runs_take_the_next_free_name(swapped):
+    assert "new run runs/oranges-apples," in swapped[0]
+    assert "new run runs/oranges-apples-2," in swapped[1]
 
 
-def logged_steps(folder):
-    return [int(line.split(",")[0]) for line in
-            (folder / "losses.csv").read_text().splitlines()[1:]]
-
-
-def test_interrupted_and_resumed_equals_uninterrupted(place, tmp_path):
-    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--buffer-size", 3]
-    arguments, out = [*data, "--out", "stopped"], tmp_path / "stopped"
+def test_interrupted_and_resumed_equals_uninterrupted(place):
+    new = f"{TRAIN} --buffer-size 3 --out"
+    line = f"{new} stopped"
     for epoch, number in ((3, signal.SIGINT), (6, signal.SIGTERM), (9, signal.SIGHUP)):
-        process = launch(tmp_path, *arguments)
+        process = launch(place, line)
         wait_for(process, f"epoch {epoch}/")
         process.send_signal(number)
-        rest, _ = process.communicate(timeout=60)
-        assert process.returncode == 128 + number and "python train.py --resume stopped" in rest
-        steps = load_checkpoint(out / "latest.pt")[0].steps
-        assert f"stopped after step {steps};" in rest
-        arguments = ["--resume", "stopped"]
-    with open(out / "losses.csv", "a") as log:  # as if killed after the checkpoint
+        [(status, out, _)] = finish(process, timeout=60)
+        assert status == 128 + number and "python train.py --resume stopped" in out
+        steps = steps_of(place / "stopped")
+        assert f"stopped after step {steps};" in out
+        line = "train.py --resume stopped"
+    with open(place / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
         log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
-    ok(tmp_path, "train.py", *arguments, "--max-steps", steps + 7)
-    ok(tmp_path, "train.py", *data, "--max-steps", steps + 7, "--out", "whole")
-    one, two = (load_checkpoint(tmp_path / name / "latest.pt") for name in ("stopped", "whole"))
-    assert all(torch.equal(a, b) for a, b in zip(state_of(one[0]), state_of(two[0]), strict=True))
-    assert one[1] == two[1] and one[0].steps == steps + 7
-    one, two = (tmp_path / name / "losses.csv" for name in ("stopped", "whole"))
-    assert one.read_text() == two.read_text()
+    side_by_side(ok, place, *(f"{each} --max-steps {steps + 7}" for each in (line, f"{new} whole")))
+    assert same_state(place / "stopped", place / "whole")
+    assert steps_of(place / "stopped") == steps + 7
+    one, two = ((place / name / "losses.csv").read_text() for name in ("stopped", "whole"))
+    assert one == two
 
 
-def test_kill_9_a_second_training_and_a_full_disk(place, tmp_path):
-    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS]
-    new = [*data, "--out", "run", "--save-minutes", 1e-9, "--sample-every", 3]
-    out, killed = tmp_path / "run", launch(tmp_path, *new)
-    wait_for(killed, "new run")
-    assert load_checkpoint(out / "latest.pt")[1]["sample_every"] == 3  # from the beginning
-    wait_for(killed, "epoch 4/")
-    for arguments, reason in ((["--resume", "run"], "another training"), (new, "not empty")):
-        status, _, err = run(tmp_path, "train.py", *arguments)
+@pytest.fixture(scope="module")
+def killed(place):
+    """A run killed after an epoch's end, half-written files in it, while others tried to begin."""
+    new, folder = f"{TRAIN} --save-minutes 1e-9 --sample-every 3 --out killed", place / "killed"
+    process = launch(place, new)
+    wait_for(process, "new run")
+    assert load_checkpoint(folder / "latest.pt")[1]["sample_every"] == 3  # from the beginning
+    wait_for(process, "epoch 4/")
+    refused = side_by_side(run, place, "train.py --resume killed", new)
+    process.kill()
+    process.communicate()
+    for name in ("latest.pt", "cache/A-0123.bytes", "samples/epoch_0007.png"):
+        (folder / f"{name}.part").write_bytes(b"PK")
+    assert steps_of(folder) >= 15  # saved after every step
+    return folder, refused
+
+
+def test_one_training_at_a_time_is_at_work_in_a_run(killed):
+    for (status, _, err), reason in zip(killed[1], ("another training", "--resume killed")):
         assert status == 1 and len(err.splitlines()) == 1 and reason in err, err
-    killed.kill()
-    killed.communicate()
-    for name in ("latest.pt", "cache/A-0123.bytes", "samples/epoch_0007.png"):  # half written
-        (out / f"{name}.part").write_bytes(b"PK")
-    before = (out / "latest.pt").read_bytes()
-    steps = load_checkpoint(out / "latest.pt")[0].steps
-    assert steps >= 15  # saved after every step
-    kept = (out / "losses.csv").read_text().splitlines(keepends=True)[:steps + 1]
-    line = len("".join(kept)) + 20  # room for the log up to the checkpoint, not for another line
-    for limit, file in ((len(before) // 2, "latest.pt"), (100, "losses.csv"), (line, "losses.csv")):
-        full = launch(tmp_path, "--resume", "run", preexec_fn=lambda: resource.setrlimit(
-            resource.RLIMIT_FSIZE, (limit, limit)))
-        err = full.communicate(timeout=60)[1]
-        assert full.returncode == 1 and len(err.splitlines()) == 1, err
-        assert f"cannot write run/{file}" in err
-        assert (out / "latest.pt").read_bytes() == before and not list(out.rglob("*.part"))
-    ok(tmp_path, "train.py", "--resume", "run", "--max-steps", steps + 12)
-    assert logged_steps(out) == list(range(1, steps + 13))
-    after = load_checkpoint(out / "latest.pt")[1]
-    assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3  # --resume alone is enough
-    assert (out / "samples" / "epoch_0003.png").exists()
-    assert not (out / "samples" / "epoch_0004.png").exists() and not list(out.glob("epoch_*.pt"))
-    (tmp_path / "begun").mkdir()
+
+
+def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, place):
+    checkpoint = (killed[0] / "latest.pt").read_bytes()
+    log = (killed[0] / "losses.csv").read_text().splitlines(keepends=True)
+    line = len("".join(log[:steps_of(killed[0]) + 1])) + 20  # the checkpoint's log, not a line more
+    cases = {"a": (len(checkpoint) // 2, "latest.pt"), "b": (100, "losses.csv"),
+             "c": (line, "losses.csv")}
+    for name in cases:
+        shutil.copytree(killed[0], place / name)
+    ends = finish(*(launch(place, f"train.py --resume {name}", preexec_fn=functools.partial(
+        resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
+        for name, (limit, _) in cases.items()), timeout=60)
+    for (status, _, err), (name, (_, file)) in zip(ends, cases.items()):
+        assert status == 1 and len(err.splitlines()) == 1, err
+        assert f"cannot write {name}/{file}" in err
+        assert (place / name / "latest.pt").read_bytes() == checkpoint
+        assert not list((place / name).rglob("*.part"))
+
+
+def test_a_killed_run_goes_on_by_resume_alone(killed, place):
+    folder, steps = killed[0], steps_of(killed[0])
+    (place / "begun").mkdir()
     for name in (".lock", "latest.pt.part"):  # killed before the first checkpoint
-        (tmp_path / "begun" / name).write_bytes(b"PK")
-    ok(tmp_path, "train.py", *data, "--out", "begun", "--max-steps", 1)
+        (place / "begun" / name).write_bytes(b"PK")
+    side_by_side(ok, place, f"train.py --resume killed --max-steps {steps + 12}",
+                 f"{TRAIN} --out begun --max-steps 1")
+    assert logged_steps(folder) == list(range(1, steps + 13))
+    after = load_checkpoint(folder / "latest.pt")[1]
+    assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3
+    assert (folder / "samples" / "epoch_0003.png").exists()
+    assert not (folder / "samples" / "epoch_0004.png").exists()
+    assert not list(folder.glob("epoch_*.pt")) and not list(folder.rglob("*.part"))
 
 
 PART_OF_A_STEP = """
@@ -1174,9 +1212,9 @@ torch.save([*state_of(model), *losses.values()], f"rank{rank}.pt")
 
 def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
     (tmp_path / "part.py").write_text(PART_OF_A_STEP)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                    "part.py"], cwd=tmp_path, check=True, capture_output=True,
-                   env={**ENVIRONMENT, "PYTHONPATH": str(HERE)})
+    [(status, _, err)] = finish(launch(tmp_path, str(tmp_path / "part.py"), processes=2, env={
+        **ENVIRONMENT, "PYTHONPATH": str(HERE)}), timeout=300)
+    assert status == 0, err
     model = CycleGAN(Config(**TINY, buffer_size=2)).double()
     for k in range(4):
         losses = model.step(*(noise(2, 3, 32, 32, seed=k + s) for s in (0, 9)))
@@ -1186,25 +1224,23 @@ def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
         assert (one - whole).abs().max() < 1e-12 if one.numel() else one.shape == whole.shape
 
 
-def test_two_processes_train_as_one_and_hand_over(place, tmp_path):
-    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--epochs", 1,
-            "--decay-epochs", 1]
-    begun = [launch(tmp_path, *data, "--out", "two", processes=2),
-             launch(tmp_path, *data, "--out", "one", "--batch-size", 2),
-             launch(tmp_path, *data, "--out", "handed", "--max-steps", 2)]
-    outs, errs = zip(*(process.communicate(timeout=120) for process in begun))
-    assert "finished after step 6" in outs[0] and "stopped after step 2" in outs[2], errs
+def test_two_processes_train_as_one_and_hand_over(place):
+    ends = finish(launch(place, f"{TRAIN} --epochs 2 --decay-epochs 2 --out two", processes=2),
+                  launch(place, f"{TRAIN} --epochs 1 --decay-epochs 1 --out handed --max-steps 2"),
+                  timeout=120)
+    outs, errs = [out for _, out, _ in ends], [err for *_, err in ends]
+    assert "finished after step 12" in outs[0] and "stopped after step 2" in outs[1], errs
     assert outs[0].count("finished") == 1 == outs[0].count("A: 5 pictures")
-    assert "step 6/6 |" in outs[0] and "step 2/2 |" in outs[2]
-    one, two = (np.loadtxt(tmp_path / name / "losses.csv", delimiter=",", skiprows=1)
-                for name in ("one", "two"))
+    assert "step 12/12 |" in outs[0] and "step 2/2 |" in outs[1]
+    one, two = (np.loadtxt(place / name / "losses.csv", delimiter=",", skiprows=1)
+                for name in ("trained", "two"))
     assert np.allclose(one, two, rtol=1e-4)  # float32; sums differ in their order
     assert not np.allclose(one[0, 3:], one[1, 3:], rtol=1e-4)  # the control: steps differ
-    resumed = [launch(tmp_path, "--resume", "two", "--epochs", 2),  # 5 steps of one picture more
-               launch(tmp_path, "--resume", "handed", processes=2)]  # 2 steps to 5 pictures, then 3
-    outs, errs = zip(*(process.communicate(timeout=120) for process in resumed))
-    assert "finished after step 11" in outs[0] and "finished after step 7" in outs[1], errs
-    assert logged_steps(tmp_path / "two") == list(range(1, 12))
+    ends = finish(launch(place, "train.py --resume two --epochs 3"),  # 5 steps of one picture more
+                  launch(place, "train.py --resume handed", processes=2),  # 2 to 5 pictures, then 3
+                  timeout=120)
+    assert "finished after step 17" in ends[0][1] and "finished after step 7" in ends[1][1], ends
+    assert logged_steps(place / "two") == list(range(1, 18))
 
 
 def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
@@ -1219,81 +1255,69 @@ def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
         assert done.index("A") == done.index("B") - 1 == turn and done.count("wait") == 4
 
 
-def workers_of(torchrun):
-    return Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+def test_the_end_of_one_process_ends_the_other(place):
+    def end_the_second(line, number, *beginnings):
+        pair = launch(place, line, processes=2)
+        for beginning in beginnings:
+            wait_for(pair, beginning)
+        workers = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
+        os.kill(int(workers[1]), number)
+        [(status, out, err)] = finish(pair, timeout=30)
+        return status, out, err, steps_of(place / "pair")
 
-
-def test_the_end_of_one_process_ends_the_other(place, tmp_path):
-    data = ["--dataA", place / "apples", "--dataB", place / "oranges", *FLAGS, "--out", "run"]
-    pair = launch(tmp_path, *data, processes=2)
-    wait_for(pair, "epoch 2/")
-    os.kill(int(workers_of(pair)[1]), signal.SIGKILL)
-    out, err = pair.communicate(timeout=30)
-    assert pair.returncode and "train.py (rank 0): another process of this run has ended" in err
+    status, _, err, steps = end_the_second(f"{TRAIN} --out pair", signal.SIGKILL, "epoch 2/")
+    assert status and "train.py (rank 0): another process of this run has ended" in err
     assert err.count("Traceback") == 1  # torchrun's own
-    steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
-    pair = launch(tmp_path, "--resume", "run", processes=2)
-    wait_for(pair, f"run run from step {steps} on")
-    wait_for(pair, f"epoch {steps // 3 + 2}/")
-    os.kill(int(workers_of(pair)[1]), signal.SIGTERM)  # one stops, and the other with it
-    out, err = pair.communicate(timeout=30)
-    assert "all is saved in run; go on with" in out, err
-    steps = load_checkpoint(tmp_path / "run" / "latest.pt")[0].steps
-    assert logged_steps(tmp_path / "run") == list(range(1, steps + 1))
+    _, out, err, last = end_the_second("train.py --resume pair", signal.SIGTERM, f"run pair from "
+                                       f"step {steps} on", f"epoch {steps // 3 + 2}/")
+    assert "all is saved in pair; go on with" in out, err
+    assert logged_steps(place / "pair") == list(range(1, last + 1))  # one stops, and the other too
 
 
 def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
-    process = subprocess.Popen(
-        [sys.executable, HERE / DATA[0], *DATA[1:], "--max-steps", "60", "--out", "unread"],
-        cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    while not process.stdout.readline().startswith("epoch 2"):
-        pass
+    process = launch(place, f"{TRAIN} --max-steps 60 --out unread",
+                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(process, "epoch 2")
     process.stdout.close()  # as | head does
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0 and not process.stderr.read()
-    assert load_checkpoint(place / "unread" / "latest.pt")[0].steps == 60
+    assert steps_of(place / "unread") == 60
 
 
 def test_translations_keep_names_folders_and_sizes(place):
-    out = ok(place, "translate.py", "apples", "--checkpoint", "trained", "--out", "there")
+    out, _ = side_by_side(
+        ok, place, "translate.py apples --checkpoint trained --out there",
+        "translate.py 'apples/apples 2.png' 'apples/more/apples 1.jpg' --direction BtoA"
+        " --checkpoint trained/epoch_0004.pt --out two --side-by-side")
     names = {"apples 0", "more/apples 1", "apples 2", "apples 3", "apples 4"}
     assert {str(p.relative_to(place / "there").with_suffix(""))
             for p in (place / "there").rglob("*.png")} == names
     assert "5 translated" in out
-    for suffix, side in (("", 1), ("-2", 2)):
-        ok(place, "translate.py", "apples/apples 2.png", "apples/more/apples 1.jpg", "--checkpoint",
-           "trained/epoch_0004.pt", "--direction", "BtoA", "--out", f"two{side}",
-           *["--side-by-side"][:side - 1])
-        picture = read_picture(place / "apples" / "apples 2.png")
-        result = read_picture(place / f"two{side}" / "apples 2.png")
-        F = load_generator(place / "trained", "BtoA")
-        assert (result[:, -picture.shape[1]:] == cyclegan.translate(F, picture[None])[0]).all()
-        assert result.shape == (32, 41 * side, 3) and (side == 1
-                                                       or (result[:, :41] == picture).all())
+    picture = read_picture(place / "apples" / "apples 2.png")
+    for folder, direction, width in (("there", "AtoB", 41), ("two", "BtoA", 82)):
+        network = load_generator(place / "trained", direction)
+        result = read_picture(place / folder / "apples 2.png")
+        assert result.shape == (32, width, 3)
+        assert (result[:, -41:] == cyclegan.translate(network, picture[None])[0]).all()
+    assert (result[:, :41] == picture).all()
 
 
 def test_nothing_is_written_over(place):
-    status, _, err = run(place, "translate.py", "apples", "--checkpoint", "trained", "--out",
-                         "apples")
-    assert status == 1 and "apples 0.png is there" in err
-    ok(place, "translate.py", "apples/more", "--checkpoint", "trained", "--out", "again")
-    status, _, err = run(place, "translate.py", "again", "--checkpoint", "trained", "--out",
-                         "again")
-    assert status == 1 and "again/apples 1.png is there" in err  # ours, but what to translate
-    (place / "mine").mkdir()
-    mine = shutil.copy(place / "oranges" / "oranges 0.png", place / "mine" / "apples 1.png")
-    status, _, err = run(place, "translate.py", "apples/more", "--checkpoint", "trained", "--out",
-                         "mine")
-    assert status == 1 and "mine/apples 1.png is there" in err  # no source, but not ours either
-    assert Path(mine).read_bytes() == (place / "oranges" / "oranges 0.png").read_bytes()
     shutil.copytree(place / "apples", place / "twice" / "apples")
     shutil.copy(place / "apples" / "apples 3.jpg", place / "twice" / "apples" / "apples 0.jpg")
-    ok(place, "translate.py", "twice", "--checkpoint", "trained", "--out", "twice-out")
-    ok(place, "translate.py", "twice", "--checkpoint", "trained", "--out",
-       "twice-out")  # but ours are
+    for _ in range(2):  # but results of an earlier call are
+        ok(place, "translate.py twice --checkpoint trained --out twice-out")
     assert len(list((place / "twice-out").rglob("*.png"))) == 6
     assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
+    (place / "mine").mkdir()
+    mine = shutil.copy(place / "oranges" / "oranges 0.png", place / "mine" / "apples 1.png")
+    cases = {"translate.py apples --out apples": "apples/apples 0.png",
+             "translate.py twice-out --out twice-out": "apples 0-2.png",  # ours, but a source
+             "translate.py apples/more --out mine": "mine/apples 1.png"}  # no source, but not ours
+    ends = side_by_side(run, place, *(f"{line} --checkpoint trained" for line in cases))
+    for (status, _, err), target in zip(ends, cases.values()):
+        assert status == 1 and f"{target} is there" in err
+    assert Path(mine).read_bytes() == (place / "oranges" / "oranges 0.png").read_bytes()
 
 
 def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
@@ -1309,12 +1333,10 @@ def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
 @pytest.fixture(scope="module")
 def bad(place):
     """Things that can go wrong, beside the good ones."""
-    (place / "empty").mkdir()
-    (place / "texts").mkdir()
+    for name in ("empty", "texts", "broken", "some"):
+        (place / name).mkdir()
     (place / "texts" / "a.txt").write_text("no picture")
-    (place / "broken").mkdir()
     (place / "broken" / "a.png").write_bytes((place / "apples" / "apples 0.png").read_bytes()[:200])
-    (place / "some").mkdir()
     for name in ("broken/a.png", "apples/apples 2.png"):
         shutil.copy(place / name, place / "some")
     Image.new("1", (12000, 12000)).save(place / "some" / "huge.png")
@@ -1324,61 +1346,52 @@ def bad(place):
                     ignore=shutil.ignore_patterns("cache"))
     shutil.copy(place / "apples" / "apples 0.png", place / "some" / ("l" * 251 + ".png"))
     (place / "file").write_text("a file")
-    for name in ("cut", "other", "fewer"):  # a run of its own for each, as they go side by side
+    for name in ("cut", "text", "other", "fewer"):  # one for each, as they go side by side
         shutil.copytree(place / "trained", place / name)
     (place / "cut" / "latest.pt").write_bytes((place / "trained" / "latest.pt").read_bytes()[:5000])
-    shutil.copytree(place / "trained", place / "text")
     (place / "text" / "latest.pt").write_text("hello")
     return place
 
 
-DATA = ["train.py", "--dataA", "apples", "--dataB", "oranges", *FLAGS]
-MISTAKES = {
-    "missing folder": (["train.py", "--dataA", "nowhere", "--dataB", "oranges"], "nowhere"),
-    "empty folder": (["train.py", "--dataA", "apples", "--dataB", "empty"], "empty"),
-    "no picture": (["train.py", "--dataA", "texts", "--dataB", "oranges"], "texts"),
-    "only broken pictures": (["train.py", "--dataA", "broken", "--dataB", "oranges", *FLAGS],
-                             "broken"),
-    "one folder": (["train.py", "--dataA", "apples"], "--dataB"),
-    "out is a file": ([*DATA, "--out", "file"], "file"),
-    "out below a file": ([*DATA, "--out", "file/run"], "file"),
-    "out is a run": ([*DATA, "--out", "trained"], "--resume trained"),
-    "impossible setting": ([*DATA, "--image-size", "26"], "image_size must be a multiple of 4"),
-    "not a number": ([*DATA, "--lr", "fast"], "--lr"),
-    "no such run": (["train.py", "--resume", "nowhere"], "nowhere"),
-    "checkpoint cut short": (["train.py", "--resume", "cut"], "cut/latest.pt"),
-    "not a checkpoint": (["train.py", "--resume", "text"], "text/latest.pt"),
-    "other settings": (["train.py", "--resume", "trained", "--width", "5"], "--width 5"),
-    "other pictures": (["train.py", "--resume", "other", "--dataA", "oranges"], "--dataA"),
-    "fewer epochs": (["train.py", "--resume", "fewer", "--epochs", "1"], "--epochs 1"),
-    "not a run": (["train.py", "--resume", "apples"], "--resume apples"),
-    "loss not finite": ([*DATA, "--lr", "1e30", "--out", "exploded"], "is nan at step"),
-    "weights not finite": ([*DATA, "--lr", "1e39", "--max-steps", "1", "--out", "overflowed"],
+MISTAKES = {  # a command line, and what its one sentence says
+    "missing folder": ("train.py --dataA nowhere --dataB oranges", "nowhere"),
+    "empty folder": ("train.py --dataA apples --dataB empty", "empty"),
+    "no picture": ("train.py --dataA texts --dataB oranges", "texts"),
+    "only broken pictures": (f"train.py --dataA broken --dataB oranges {SMALL}", "broken"),
+    "a loop of links": ("train.py --dataA some/loop.png --dataB apples", "loop.png"),
+    "one folder": ("train.py --dataA apples", "--dataB"),
+    "out is a file": (f"{TRAIN} --out file", "file"),
+    "out below a file": (f"{TRAIN} --out file/run", "file"),
+    "out is a run": (f"{TRAIN} --out trained", "--resume trained"),
+    "impossible setting": (f"{TRAIN} --image-size 26", "image_size must be a multiple of 4"),
+    "not a number": (f"{TRAIN} --lr fast", "--lr"),
+    "no such run": ("train.py --resume nowhere", "nowhere"),
+    "not a run": ("train.py --resume apples", "--resume apples"),
+    "checkpoint cut short": ("train.py --resume cut", "cut/latest.pt"),
+    "not a checkpoint": ("train.py --resume text", "text/latest.pt"),
+    "other settings": ("train.py --resume trained --width 5", "--width 5"),
+    "other pictures": ("train.py --resume other --dataA oranges", "--dataA"),
+    "fewer epochs": ("train.py --resume fewer --epochs 1", "--epochs 1"),
+    "loss not finite": (f"{TRAIN} --lr 1e30 --out exploded", "is nan at step"),
+    "weights not finite": (f"{TRAIN} --lr 1e39 --max-steps 1 --out overflowed",
                            "a weight is not finite after step 1"),
-    "no picture to translate": (["translate.py", "nothing.jpg", "--checkpoint", "trained"],
-                                "nothing.jpg"),
-    "no checkpoint": (["translate.py", "apples", "--checkpoint", "apples"], "apples/latest.pt"),
-    "no generator": (["translate.py", "apples", "--checkpoint", "apples/apples 0.png"],
-                     "apples 0.png"),
-    "a pipe": (["translate.py", "pipe.png", "--checkpoint", "trained", "--out", "piped"],
-               "pipe.png"),
-    "a loop of links": ([*DATA[:1], "--dataA", "some/loop.png", "--dataB", "apples"], "loop.png"),
-    "cut checkpoint": (["translate.py", "apples", "--checkpoint", "cut"], "cut/latest.pt"),
-    "out cannot be written": (["translate.py", "apples", "--checkpoint", "trained", "--out",
-                               "file/x"], "file/x"),
-}
+    "no picture to translate": ("translate.py nothing.jpg --checkpoint trained", "nothing.jpg"),
+    "a pipe": ("translate.py pipe.png --checkpoint trained --out piped", "pipe.png"),
+    "no checkpoint": ("translate.py apples --checkpoint apples", "apples/latest.pt"),
+    "no generator": ("translate.py apples --checkpoint 'apples/apples 0.png'", "apples 0.png"),
+    "cut checkpoint": ("translate.py apples --checkpoint cut", "cut/latest.pt"),
+    "out cannot be written": ("translate.py apples --checkpoint trained --out file/x", "file/x")}
 if not torch.cuda.is_available():
-    MISTAKES["no CUDA"] = ([*DATA, "--device", "cuda"], "--device cuda")
+    MISTAKES["no CUDA"] = (f"{TRAIN} --device cuda", "--device cuda")
 
 
 @pytest.fixture(scope="module")
 def mistakes(bad):
-    before = sorted(str(p) for p in bad.rglob("*"))
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(MISTAKES, pool.map(lambda case: run(bad, *case[0]), MISTAKES.values())))
-    left = {Path(p).relative_to(bad).parts[0]
-            for p in {str(p) for p in bad.rglob("*")} - set(before)}
-    return results, left
+    """What each mistake gave, and the names of what all of them left behind."""
+    before = set(bad.rglob("*"))
+    results = side_by_side(run, bad, *(line for line, _ in MISTAKES.values()))
+    left = {path.relative_to(bad).parts[0] for path in set(bad.rglob("*")) - before}
+    return dict(zip(MISTAKES, results)), left
 
 
 @pytest.mark.parametrize("case", MISTAKES)
@@ -1390,18 +1403,18 @@ def test_mistakes_get_one_sentence(mistakes, case):
 
 def test_mistakes_leave_nothing_behind(mistakes, bad):
     assert mistakes[1] == {"exploded", "overflowed"}
-    for name in mistakes[1]:  # the last good one
-        assert load_checkpoint(bad / name / "latest.pt")[0].steps == 0
+    assert [steps_of(bad / name) for name in mistakes[1]] == [0, 0]  # the last good one
 
 
 def test_unreadable_pictures_are_named_and_skipped(bad):
-    out = ok(bad, "train.py", "--dataA", "some", "--dataB", "oranges", *FLAGS, "--max-steps", 1,
-             "--out", "partly")
-    assert "skipped: cannot read some/a.png" in out.replace(str(bad) + "/", "")
-    assert "some/huge.png" in out and "A: 2 pictures" in out and "3 of 5 pictures skipped" in out
-    status, out, err = run(bad, "translate.py", "some", "--checkpoint", "trained", "--out",
-                           "partly-out")
-    assert status == 1 and "some/a.png" in err and "some/huge.png" in err and "2 translated" in out
+    trained, translated = side_by_side(
+        run, bad, f"train.py --dataA some --dataB oranges {SMALL} --max-steps 1 --out partly",
+        "translate.py some --checkpoint trained --out partly-out")
+    assert trained[0] == 0 and translated[0] == 1
+    assert "skipped: cannot read some/a.png" in trained[1].replace(f"{bad}/", "")
+    assert "A: 2 pictures" in trained[1] and "3 of 5 pictures skipped" in trained[1]
+    assert "2 translated" in translated[1] and "some/a.png" in translated[2]
+    assert "some/huge.png" in trained[1] and "some/huge.png" in translated[2]
     assert {p.name for p in (bad / "partly-out").iterdir()} == {"apples 2.png", "l" * 251 + ".png"}
 
 
@@ -1519,6 +1532,7 @@ def test_readme_computes_table_3(tmp_path):
 
 
 # ---- The benchmark -------------------------------------------------------------------------------
+
 
 def timed(step, rounds, cuda):
     """Milliseconds of a step, the mean of some in a row, between two waits for the device."""
