@@ -40,13 +40,10 @@ from cyclegan import (Config, CycleGAN, Discriminator, Generator, ImageBuffer, U
                       adversarial_loss, layout, learning_rate, load_checkpoint, load_generator,
                       read_picture, save_checkpoint, to_pictures, to_tensor)
 
-
 HERE = Path(__file__).resolve().parent
 TINY = dict(image_size=32, load_size=36, width=4, blocks=2)
 
-
 # ---- The literal twin: the step as the authors' code takes it, with no fusion --------------------
-
 
 def twin_generator(width, blocks, dropout=False, statistics=False):
     """The authors' ResnetGenerator: stock layers, a bias everywhere, ReLU in place.
@@ -75,7 +72,6 @@ def twin_generator(width, blocks, dropout=False, statistics=False):
         layers += [nn.ConvTranspose2d(k, k // 2, 3, 2, 1, 1), norm(k // 2), nn.ReLU(True)]
     return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(w, 3, 7), nn.Tanh())
 
-
 def twin_discriminator(width):
     """The authors' NLayerDiscriminator with three layers."""
     layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, True)]
@@ -83,7 +79,6 @@ def twin_discriminator(width):
         layers += [nn.Conv2d(k, 2 * k, 4, stride, 1), nn.InstanceNorm2d(2 * k),
                    nn.LeakyReLU(0.2, True)]
     return nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
-
 
 class Twin:
     """Six generator and six discriminator calls, gradients toggled, pictures pooled in a list."""
@@ -162,18 +157,14 @@ class Twin:
         self.adam_D.step()
         return loss
 
-
 def noise(*shape, seed=0, dtype=torch.float64):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
-
 
 def image(seed=0):
     """One of the size of TINY, as training sees it."""
     return noise(1, 3, 32, 32, seed=seed, dtype=torch.float32)
 
-
 # ---- Networks ------------------------------------------------------------------------------------
-
 
 def layers_of(network, size):
     """(channels, side) behind every layer that changes them."""
@@ -184,14 +175,12 @@ def layers_of(network, size):
             shapes.append((h.shape[1], h.shape[2]))
     return shapes[1:]
 
-
 def test_layers_are_those_of_section_7_2():
     down, up = [(64, 256), (128, 128), (256, 64)], [(128, 128), (64, 256), (3, 256)]
     assert layers_of(Generator(64, 9), 256) == down + 9 * [(256, 64)] + up
     down, up = [(64, 128), (128, 64), (256, 32)], [(128, 64), (64, 128), (3, 128)]
     assert layers_of(Generator(64, 6), 128) == down + 6 * [(256, 32)] + up
     assert layers_of(Discriminator(), 256) == [(64, 128), (128, 64), (256, 32), (512, 31), (1, 30)]
-
 
 @pytest.mark.parametrize("ours, twin", [
     (Generator(4, 6), twin_generator(4, 6)), (Generator(3, 9), twin_generator(3, 9)),
@@ -209,7 +198,6 @@ def test_networks_compute_what_the_authors_networks_do(ours, twin):
     images = noise(2, 3, 64, 48)
     assert (ours(images) - twin(images)).abs().max() < 1e-9  # values inside reach 10^4
 
-
 def test_state_dict_has_the_authors_keys():
     def keys(network):
         return {key.rsplit(".", 1)[0] for key in network.state_dict()}
@@ -221,7 +209,6 @@ def test_state_dict_has_the_authors_keys():
              for n in (Generator(), Generator(64, 6), Discriminator())]
     assert count == [11_378_179 - 5_248, 7_837_699 - 5_248 + 3 * 512, 2_764_737 - 896]
 
-
 def test_receptive_field_is_70():
     D = Discriminator(4)
     for i, layer in enumerate(D.model):
@@ -232,12 +219,10 @@ def test_receptive_field_is_70():
     seen = images.grad[0].abs().sum(0).nonzero()
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
 
-
 def test_generator_keeps_size_range_and_type():
     for height, width in ((256, 256), (8, 12), (100, 64)):
         out = Generator(2, 1)(100 * noise(1, 3, height, width, dtype=torch.float32))
         assert out.shape == (1, 3, height, width) and out.abs().max() <= 1
-
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_is_the_same_in_either_layout_with_statistics_in_float32_at_least(dtype):
@@ -250,7 +235,6 @@ def test_norm_is_the_same_in_either_layout_with_statistics_in_float32_at_least(d
         normed = cyclegan.InstanceNorm()(h.contiguous(memory_format=layout))
         assert normed.dtype == dtype and normed.is_contiguous(memory_format=layout)
         assert (normed.double() - exact).abs().max() <= tolerance
-
 
 def test_channels_last_holds_from_the_first_layer_to_the_last():
     # Fake tensors know, without a GPU, how each operation on CUDA lays out its result; all but
@@ -284,7 +268,6 @@ def test_channels_last_holds_from_the_first_layer_to_the_last():
         for name, parameter in network.named_parameters():
             assert parameter.ndim == 1 or parameter.grad.is_contiguous(memory_format=cl), name
 
-
 def test_weights_start_from_a_normal_of_2_percent():
     a, b, c = CycleGAN(Config(**TINY)), CycleGAN(Config(**TINY)), CycleGAN(Config(**TINY, seed=1))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
@@ -298,9 +281,7 @@ def test_weights_start_from_a_normal_of_2_percent():
                 assert abs(parameter.std().item() / 0.02 - 1) < 0.03
                 assert abs(parameter.mean()) < 1e-3
 
-
 # ---- Losses --------------------------------------------------------------------------------------
-
 
 def test_losses_against_numpy():
     scores = noise(2, 1, 5, 4) * 3
@@ -315,12 +296,10 @@ def test_losses_against_numpy():
     for s in (-1e4, 1e4):  # the logarithm of a sigmoid overflows here, the loss must not
         assert adversarial_loss(torch.tensor([s]), True, "log").item() == max(0, -s)
 
-
 def test_losses_are_taken_per_patch_not_of_the_mean_score():
     scores = torch.tensor([[2.0, 0.0]])  # on average 1, yet each patch is wrong
     assert adversarial_loss(scores, True, "lsgan") == 1
     assert adversarial_loss(scores, False, "lsgan") == 2
-
 
 def test_discriminator_loss_is_halved():
     class D(nn.Module):
@@ -330,9 +309,7 @@ def test_discriminator_loss_is_halved():
     loss = cyclegan.discriminator_loss(D(), real, fake, ImageBuffer(0), None, "lsgan")
     assert loss == (0.5 ** 2 + 0.25 ** 2) / 2
 
-
 # ---- The step ------------------------------------------------------------------------------------
-
 
 STEPS = {
     "as in the paper": {}, "no identity": dict(lambda_identity=0.0),
@@ -347,7 +324,6 @@ STEPS = {
     "GAN alone": dict(lambda_forward=0.0, lambda_backward=0.0, lambda_identity=0.0),
     "cycle alone": dict(lambda_gan=0.0, lambda_identity=0.0),
     "unequal weights": dict(lambda_gan=2.0, lambda_forward=7.0, lambda_backward=3.0, beta1=0.3)}
-
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("setting", STEPS.values(), ids=STEPS.keys())
@@ -368,11 +344,9 @@ def test_step_equals_the_literal_twin(setting, batch_size):
             assert (value - network.state_dict()[key]).abs().max() < 1e-12, (name, key)
     assert model.steps == 4
 
-
 def test_step_refuses_x_and_y_of_different_shapes():
     with pytest.raises(ValueError, match="shape"):
         CycleGAN(Config(**TINY)).step(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
-
 
 def test_update_computes_and_changes_nothing_of_the_other_networks():
     model, x = CycleGAN(Config(**TINY)), image()
@@ -385,7 +359,6 @@ def test_update_computes_and_changes_nothing_of_the_other_networks():
     changed = [not torch.equal(p, q) for p, q in zip(before, model.parameters())]
     assert sum(changed) == len([*model.G.parameters(), *model.F.parameters()])
 
-
 def test_step_waits_for_no_device():
     # Under fake tensors whatever asks for a value (.item(), a Python branch, a mask) raises.
     model, x = CycleGAN(Config(**TINY)), noise(2, 3, 32, 32, dtype=torch.float32)
@@ -395,7 +368,6 @@ def test_step_waits_for_no_device():
         losses = model.step(x, x)
         with pytest.raises(DataDependentOutputException):
             bool(losses["gan"] > 0)  # the control
-
 
 def test_step_is_the_same_with_its_networks_compiled():
     # One graph without a break for each kind of network and size of batch: 1, 2 and 3, and 1 and 2.
@@ -411,7 +383,6 @@ def test_step_is_the_same_with_its_networks_compiled():
     for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-12
 
-
 class SimulatedGraph:
     """What a CUDA graph does, seen without a GPU: recorded work is not done, replayed work is."""
     recording = None
@@ -424,7 +395,6 @@ class SimulatedGraph:
 
     def replay(self):
         self.work()
-
 
 def test_recording_does_the_work_of_every_call_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimulatedGraph)
@@ -459,7 +429,6 @@ def test_recording_does_the_work_of_every_call_once(monkeypatch):
     assert [r.item() for r in results] == list(range(6)) and len(done) == 19 + 6
     assert len(warned) == 1
 
-
 def test_loaded_buffers_are_recorded_anew():
     model, other = (CycleGAN(Config(**TINY, buffer_size=2)) for _ in range(2))
     other.step(image(), image())
@@ -468,7 +437,6 @@ def test_loaded_buffers_are_recorded_anew():
     assert model.recording.shapes is None
     assert torch.equal(model.buffer_X.images, other.buffer_X.images)
 
-
 def test_memory_that_ran_out_is_told_from_other_errors_about_memory():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(10**15)
@@ -476,14 +444,12 @@ def test_memory_that_ran_out_is_told_from_other_errors_about_memory():
     assert cyclegan.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert not cyclegan.out_of_memory(RuntimeError("an illegal memory access was encountered"))
 
-
 def test_networks_stay_as_they_are_where_nothing_can_be_compiled(monkeypatch):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch, "compile", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="slower here, as torch.compile fails: [A-Z]"):
         assert cyclegan.compiled("GF", "cuda") == "GF"
     assert cyclegan.compiled("GF", "cpu") == "GF"
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 class TestOnCUDA:
@@ -567,7 +533,6 @@ class TestOnCUDA:
                 network(torch.cat([x, y])).sum().backward()
         assert all(seen) and len(seen) > 30
 
-
 def test_bf16_is_the_default_where_a_gpu_has_it_and_never_on_a_cpu(monkeypatch):
     assert CycleGAN(Config(**TINY)).precision == "fp32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -575,7 +540,6 @@ def test_bf16_is_the_default_where_a_gpu_has_it_and_never_on_a_cpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
         assert cyclegan.pick("auto") == (torch.device("cuda"), expected)
         assert cyclegan.pick("cuda", "fp32")[1] == cyclegan.pick("cpu")[1] == "fp32"
-
 
 def test_bf16_leaves_weights_losses_and_images_in_float32():
     model, x = CycleGAN(Config(**TINY), precision="bf16"), image()
@@ -585,9 +549,7 @@ def test_bf16_leaves_weights_losses_and_images_in_float32():
     exact = CycleGAN(Config(**TINY)).step(x, x)  # bf16 has 8 bits: some percent after 12 layers
     assert all(0 < abs(losses[k] / exact[k] - 1) < 0.1 for k in ("gan", "cycle"))
 
-
 # ---- The buffer and the schedule -----------------------------------------------------------------
-
 
 def test_buffer_by_hand():
     buffer = ImageBuffer(2)
@@ -606,7 +568,6 @@ def test_buffer_by_hand():
     assert exchange([5.0, 6.0], [[0.0, 0.0], [0.0, 0.0]]) == ([1, 5], [6, 4])  # one after another
     assert exchange([7.0], [[1 - 2**-24, 0.0]]) == ([4], [6, 7])  # the largest float32 below 1
 
-
 def test_buffer_fills_then_swaps_half_of_the_time_and_shares_no_memory():
     buffer, swapped = ImageBuffer(50), 0
     torch.manual_seed(0)
@@ -622,7 +583,6 @@ def test_buffer_fills_then_swaps_half_of_the_time_and_shares_no_memory():
     assert len(set(buffer.images[:, 0, 0, 0].tolist())) == 50 and buffer.images.min() >= 0
     assert torch.equal(ImageBuffer(0).exchange(image), image)
 
-
 def test_draws_differ_by_step_and_seed_and_domain():
     def draws(seed, steps):
         model = CycleGAN(Config(**TINY, seed=seed))
@@ -632,7 +592,6 @@ def test_draws_differ_by_step_and_seed_and_domain():
     assert len(set(values)) == len(values) and draws(0, 1) == draws(0, 1)
     steps = CycleGAN(Config(**TINY)).draws(torch.zeros(1000, 1)) * 2**24
     assert (steps == steps.round()).all()  # of 24 bits: never rounded, so never up to 1
-
 
 def test_learning_rate():
     config = Config()
@@ -646,9 +605,7 @@ def test_learning_rate():
     model.step(image(), image())
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
-
 # ---- Settings and files --------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("field, value", [
     ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
@@ -661,12 +618,10 @@ def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=f"^{field} .*{re.escape(repr(value))}"):
         Config(**{field: value})
 
-
 def state_of(model):
     adams = [v for adam in (model.adam_G, model.adam_D) for s in adam.state.values()
              for v in s.values()]
     return [*model.state_dict().values(), *adams, torch.tensor(model.steps)]
-
 
 def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
     one = CycleGAN(Config(**TINY, buffer_size=2))
@@ -681,12 +636,10 @@ def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
             each.step(image(0), image(1))
     assert not list(tmp_path.glob("*.part"))
 
-
 FORMS = {  # (prefix, dropout, statistics) of the files that the authors' programs have written
     "plain": ("", False, False), "old": ("", False, True), "dropout": ("", True, False),
     "old with dropout": ("", True, True), "parallel": ("module.", False, False),
     "compiled": ("_orig_mod.", False, False)}
-
 
 def authors_file(path, form, width=5, blocks=9, seed=0):
     """Writes a file of a generator as the authors' programs do, -> that generator, their twin."""
@@ -701,14 +654,12 @@ def authors_file(path, form, width=5, blocks=9, seed=0):
                _use_new_zipfile_serialization=not statistics)  # PyTorch 0.3 had no zip files
     return twin
 
-
 def photograph():
     """(253, 190, 3) uint8: smooth, with some texture."""
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(256, size=(9, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((190, 253), Image.BICUBIC)).astype(int)
     return (smooth + random.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
-
 
 def by_twin(twin, picture):
     """What the authors' network makes of a picture that grew to a multiple of 4 by reflection."""
@@ -718,7 +669,6 @@ def by_twin(twin, picture):
     with torch.no_grad():
         y = twin(x)[0, :, :height, :width]
     return ((y + 1) * 127.5).permute(1, 2, 0).numpy()
-
 
 def test_authors_files_have_the_keys_that_they_have(tmp_path):
     # Typed from the authors' files: 9 blocks, then 6 blocks, dropout, and statistics.
@@ -733,7 +683,6 @@ def test_authors_files_have_the_keys_that_they_have(tmp_path):
             "model.2.running_mean", "model.15.conv_block.7.running_var",
             "model.20.num_batches_tracked"} <= keys and "model.10.conv_block.5.weight" not in keys
 
-
 @pytest.mark.parametrize("blocks", [6, 9])
 @pytest.mark.parametrize("form", FORMS)
 def test_authors_files_translate_as_their_networks_do(form, blocks, tmp_path):
@@ -743,7 +692,6 @@ def test_authors_files_translate_as_their_networks_do(form, blocks, tmp_path):
         ours = cyclegan.translate(load_generator(tmp_path / f"{name}.pth"), picture[None])[0]
         assert ours.shape == (253, 190, 3) and ours.std() > 5
         assert np.abs(ours - by_twin(twin, picture)).max() < 1  # one is rounded, the other is not
-
 
 def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
     for folder, names in (("both", ("latest_net_G_A", "latest_net_G_B", "95_net_G_A")),
@@ -759,7 +707,6 @@ def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
             loaded = load_generator(tmp_path / folder, direction)
             assert torch.equal(loaded.model[1].weight, twins[wanted][1].weight)
 
-
 def test_translate_takes_authors_files(tmp_path):
     twin = authors_file(tmp_path / "horse2zebra" / "latest_net_G_B.pth", "old")
     Image.fromarray(photograph()).save(tmp_path / "a photograph.png")
@@ -767,7 +714,6 @@ def test_translate_takes_authors_files(tmp_path):
                                 " --direction BtoA --out there")
     result = read_picture(tmp_path / "there" / "a photograph.png")
     assert np.abs(result - by_twin(twin, photograph())).max() < 1
-
 
 def test_foreign_generators_are_refused_by_name(tmp_path):
     weights = Generator(4, 9).state_dict()
@@ -785,7 +731,6 @@ def test_foreign_generators_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="D.pth"):
         load_generator(tmp_path / "D.pth")
 
-
 def test_damaged_checkpoints_are_refused(tmp_path):
     save_checkpoint(tmp_path / "whole", CycleGAN(Config(**TINY)), {})
     whole = (tmp_path / "whole").read_bytes()
@@ -799,10 +744,8 @@ def test_damaged_checkpoints_are_refused(tmp_path):
             with pytest.raises(UserError, match=name):
                 load(tmp_path / name)
 
-
 START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
          "save_every": 1, "save_minutes": 1.0, "sample_every": 1}
-
 
 @pytest.mark.parametrize("keys, value", [
     *((["place"], value) for value in (None, [], {})), (["place", "epoch"], "1"),
@@ -824,7 +767,6 @@ def test_impossible_values_in_a_checkpoint_are_refused(keys, value, tmp_path):
     with pytest.raises(UserError, match=f"latest.pt is {reason}"):
         train.resume(tmp_path, None, {}, torch.device("cpu"))
 
-
 def test_the_copy_of_an_epoch_is_saved_before_the_latest(monkeypatch):
     saved = []
     monkeypatch.setattr(train, "save_checkpoint", lambda path, *_: saved.append(path.name))
@@ -833,12 +775,10 @@ def test_the_copy_of_an_epoch_is_saved_before_the_latest(monkeypatch):
     # Killed in between, a run would go on after the epoch and never write its copy.
     assert saved == ["epoch_0050.pt", "latest.pt", "latest.pt", "latest.pt"]
 
-
 def test_several_processes_without_their_addresses_get_one_sentence(tmp_path):
     status, _, err = run(tmp_path, "train.py", env={**ENVIRONMENT, "WORLD_SIZE": "2"})
     assert status == 1 and len(err.splitlines()) == 1, err
     assert "WORLD_SIZE is 2" in err and "torchrun" in err
-
 
 def test_run_of_the_first_release_goes_on(tmp_path):
     save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY, batch_size=3)),
@@ -847,7 +787,6 @@ def test_run_of_the_first_release_goes_on(tmp_path):
     assert place == {"epoch": 2, "done": 15, "demo": False, "data": ["a", "b"], "save_every": 7,
                      "save_minutes": 10.0, "sample_every": 1}
 
-
 def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(Config(**TINY)),
@@ -855,13 +794,11 @@ def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
     status, _, err = run(tmp_path, "train.py --resume run")
     assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
 
-
 def test_the_log_keeps_the_steps_of_the_checkpoint_even_if_it_had_lost_some(tmp_path):
     log = tmp_path / "losses.csv"
     log.write_text("step,epoch\n3,1\n4,1\n²,\n\n5,1\n6,1\n5,0")  # 1 and 2 lost, the last cut short
     train.trim_log(log, 5)
     assert log.read_text().splitlines()[1:] == ["3,1", "4,1", "5,1"]
-
 
 def test_a_damaged_sample_is_left_out_of_the_animation(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
@@ -873,11 +810,9 @@ def test_a_damaged_sample_is_left_out_of_the_animation(tmp_path, capsys):
     with Image.open(tmp_path / "samples.gif") as animation:
         assert animation.n_frames == 2
 
-
 class Malice:
     def __reduce__(self):
         return (os.mkdir, ("malice_was_here",))
-
 
 def test_checkpoints_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -886,9 +821,7 @@ def test_checkpoints_run_no_code(tmp_path, monkeypatch):
         load_checkpoint("bad.pt")
     assert not Path("malice_was_here").exists()
 
-
 # ---- Pictures ------------------------------------------------------------------------------------
-
 
 def test_pictures_of_every_mode(tmp_path):
     ramp = np.linspace(0, 255, 6 * 5).round().astype(np.uint8).reshape(5, 6)
@@ -922,14 +855,12 @@ def test_pictures_of_every_mode(tmp_path):
     assert (read_picture(tmp_path / "key.png")[0, 0] == 255).all()
     assert read_picture(tmp_path / "rgb.png", 9).shape == (9, 9, 3)
 
-
 def test_pictures_that_are_programs_do_not_run(tmp_path):
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "EPS"  # Pillow would hand it to Ghostscript
     with pytest.raises(UserError, match="a.png: .*EPS"):
         read_picture(tmp_path / "a.png")
-
 
 def test_bytes_survive_the_way_to_a_tensor_and_back():
     picture = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
@@ -938,7 +869,6 @@ def test_bytes_survive_the_way_to_a_tensor_and_back():
     assert (to_pictures(tensor) == picture).all()
     over_half = torch.full((1, 3, 1, 1), 0.5 / 127.5 - 1 + 1e-4)
     assert to_pictures(over_half).max() == 1  # rounds, not cuts
-
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 50), (5, 7), (64, 64), (33, 70)])
 def test_translations_have_the_size_of_their_picture(height, width):
@@ -949,15 +879,12 @@ def test_translations_have_the_size_of_their_picture(height, width):
     nn.init.zeros_(nothing.bias)
     assert (cyclegan.translate(nothing, picture) == picture).all()
 
-
 # ---- The programs, run for real ------------------------------------------------------------------
-
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1",  # the fastest for networks so small
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 SMALL = "--image-size 24 --load-size 28 --width 2 --blocks 1"
 TRAIN = f"train.py --dataA apples --dataB oranges {SMALL}"
-
 
 def launch(folder, line, processes=1, **options):
     """Starts a command line of one of the programs in a folder; several processes by torchrun."""
@@ -966,7 +893,6 @@ def launch(folder, line, processes=1, **options):
     return subprocess.Popen([sys.executable, *torchrun * (processes > 1), HERE / program,
                              *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **{"env": ENVIRONMENT, **options})
-
 
 def finish(*processes, timeout):
     """Waits for programs that run side by side, -> (exit status, output, errors) of each."""
@@ -977,46 +903,38 @@ def finish(*processes, timeout):
             process.kill()
     return [(process.returncode, *each) for process, each in zip(processes, said)]
 
-
 def run(folder, line, **options):
     """Runs one of the programs in a folder, -> (exit status, standard output, standard error)."""
     [(status, out, err)] = finish(launch(folder, line, **options), timeout=300)
     assert "Traceback" not in err, err
     return status, out, err
 
-
 def ok(folder, line):
     status, out, err = run(folder, line)
     assert status == 0, err
     return out
-
 
 def side_by_side(function, folder, *lines):
     """What `run` or `ok` gives for each command line, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda line: function(folder, line), lines))
 
-
 def wait_for(process, beginning):
     return next(line for line in process.stdout if line.startswith(beginning))
-
 
 def steps_of(run):
     """How many steps are in the checkpoint of a run."""
     return load_checkpoint(run / "latest.pt")[0].steps
 
-
 def logged_steps(run):
     return [int(line.split(",")[0]) for line in
             (run / "losses.csv").read_text().splitlines()[1:]]
-
 
 def same_state(one, two):
     """Whether two runs have the same checkpoint, bit for bit."""
     (one, here), (two, there) = (load_checkpoint(run / "latest.pt") for run in (one, two))
     return here == there and all(
         torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -1034,7 +952,6 @@ def place(tmp_path_factory):
                      " --out trained")
     assert "finished after step 12" in out  # 4 epochs of 3 batches for 5 pictures
     return folder
-
 
 def test_training_writes_what_it_promises(place):
     run_folder = place / "trained"
@@ -1054,7 +971,6 @@ def test_training_writes_what_it_promises(place):
     assert grid.shape == (4 * 32, 6 * 32, 3)  # 28 pixels in a frame of 2
     shown = Image.open(place / "apples" / "apples 0.png").resize((28, 28), Image.BICUBIC)
     assert (grid[2:30, 2:30] == np.asarray(shown)).all()  # whole, not cropped
-
 
 def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     def mapped(pictures, name):
@@ -1094,7 +1010,6 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
         parts.append(train.batch(single, A, B, 1, 4))
     assert all((np.concatenate(part) == b).all() for *part, b in zip(*parts, again))
 
-
 @pytest.fixture(scope="module")
 def swapped(place):
     """What two runs of one epoch say; the second has one of two of decay, so half of its rate."""
@@ -1102,19 +1017,15 @@ def swapped(place):
     return [ok(place, f"{line} {schedule}") for schedule in (
         "--lr 2e-4 --epochs 1 --decay-epochs 0", "--lr 4e-4 --epochs 0 --decay-epochs 1")]
 
-
 def test_the_decaying_rate_reaches_adam(swapped, place):
     assert same_state(*(place / "runs" / name for name in ("oranges-apples", "oranges-apples-2")))
-
 
 def test_small_domains_are_drawn_from_for_the_whole_epoch(swapped):
     assert "finished after step 5" in swapped[0]  # max(3, 5)
 
-
 def test_new_runs_take_the_next_free_name(swapped):
     assert "new run runs/oranges-apples," in swapped[0]
     assert "new run runs/oranges-apples-2," in swapped[1]
-
 
 def test_interrupted_and_resumed_equals_uninterrupted(place):
     new = f"{TRAIN} --buffer-size 3 --out"
@@ -1136,7 +1047,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(place):
     one, two = ((place / name / "losses.csv").read_text() for name in ("stopped", "whole"))
     assert one == two
 
-
 @pytest.fixture(scope="module")
 def killed(place):
     """A run killed after an epoch's end, half-written files in it, while others tried to begin."""
@@ -1153,11 +1063,9 @@ def killed(place):
     assert steps_of(folder) >= 15  # saved after every step
     return folder, refused
 
-
 def test_one_training_at_a_time_is_at_work_in_a_run(killed):
     for (status, _, err), reason in zip(killed[1], ("another training", "--resume killed")):
         assert status == 1 and len(err.splitlines()) == 1 and reason in err, err
-
 
 def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, place):
     checkpoint = (killed[0] / "latest.pt").read_bytes()
@@ -1176,7 +1084,6 @@ def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, place):
         assert (place / name / "latest.pt").read_bytes() == checkpoint
         assert not list((place / name).rglob("*.part"))
 
-
 def test_a_killed_run_goes_on_by_resume_alone(killed, place):
     folder, steps = killed[0], steps_of(killed[0])
     (place / "begun").mkdir()
@@ -1190,7 +1097,6 @@ def test_a_killed_run_goes_on_by_resume_alone(killed, place):
     assert (folder / "samples" / "epoch_0003.png").exists()
     assert not (folder / "samples" / "epoch_0004.png").exists()
     assert not list(folder.glob("epoch_*.pt")) and not list(folder.rglob("*.part"))
-
 
 PART_OF_A_STEP = """
 import time, torch, train
@@ -1209,7 +1115,6 @@ for k in range(4):
 torch.save([*state_of(model), *losses.values()], f"rank{rank}.pt")
 """
 
-
 def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
     (tmp_path / "part.py").write_text(PART_OF_A_STEP)
     [(status, _, err)] = finish(launch(tmp_path, str(tmp_path / "part.py"), processes=2, env={
@@ -1222,7 +1127,6 @@ def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
     for one, two, whole in zip(*parts, [*state_of(model), *losses.values()], strict=True):
         assert torch.equal(one, two)  # the processes agree to the last bit
         assert (one - whole).abs().max() < 1e-12 if one.numel() else one.shape == whole.shape
-
 
 def test_two_processes_train_as_one_and_hand_over(place):
     ends = finish(launch(place, f"{TRAIN} --epochs 2 --decay-epochs 2 --out two", processes=2),
@@ -1242,7 +1146,6 @@ def test_two_processes_train_as_one_and_hand_over(place):
     assert "finished after step 17" in ends[0][1] and "finished after step 7" in ends[1][1], ends
     assert logged_steps(place / "two") == list(range(1, 18))
 
-
 def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
     place = {"demo": False, "data": ["A", "B"]}
     for rank, local_rank, turn in ((0, 0, 0), (8, 0, 1), (1, 1, 2), (9, 1, 2)):
@@ -1253,7 +1156,6 @@ def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
         monkeypatch.setattr(train, "cached", lambda folder, *_: done.append(folder.name) or [])
         train.open_pictures(Path("run"), place, 28, None)
         assert done.index("A") == done.index("B") - 1 == turn and done.count("wait") == 4
-
 
 def test_the_end_of_one_process_ends_the_other(place):
     def end_the_second(line, number, *beginnings):
@@ -1273,7 +1175,6 @@ def test_the_end_of_one_process_ends_the_other(place):
     assert "all is saved in pair; go on with" in out, err
     assert logged_steps(place / "pair") == list(range(1, last + 1))  # one stops, and the other too
 
-
 def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
     process = launch(place, f"{TRAIN} --max-steps 60 --out unread",
                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -1282,7 +1183,6 @@ def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0 and not process.stderr.read()
     assert steps_of(place / "unread") == 60
-
 
 def test_translations_keep_names_folders_and_sizes(place):
     out, _ = side_by_side(
@@ -1301,7 +1201,6 @@ def test_translations_keep_names_folders_and_sizes(place):
         assert (result[:, -41:] == cyclegan.translate(network, picture[None])[0]).all()
     assert (result[:, :41] == picture).all()
 
-
 def test_nothing_is_written_over(place):
     shutil.copytree(place / "apples", place / "twice" / "apples")
     shutil.copy(place / "apples" / "apples 3.jpg", place / "twice" / "apples" / "apples 0.jpg")
@@ -1319,7 +1218,6 @@ def test_nothing_is_written_over(place):
         assert status == 1 and f"{target} is there" in err
     assert Path(mine).read_bytes() == (place / "oranges" / "oranges 0.png").read_bytes()
 
-
 def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
     shutil.copytree(place / "apples", tmp_path / "photos")
     out = tmp_path / "photos" / "translated"
@@ -1328,7 +1226,6 @@ def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
         translate.write(target, np.zeros((4, 4, 3), np.uint8))
     assert translate.plan([tmp_path / "photos"], out) == pairs and len(pairs) == 5
     assert len(translate.plan([out], tmp_path / "there")) == 5  # unless they are asked for
-
 
 @pytest.fixture(scope="module")
 def bad(place):
@@ -1351,7 +1248,6 @@ def bad(place):
     (place / "cut" / "latest.pt").write_bytes((place / "trained" / "latest.pt").read_bytes()[:5000])
     (place / "text" / "latest.pt").write_text("hello")
     return place
-
 
 MISTAKES = {  # a command line, and what its one sentence says
     "missing folder": ("train.py --dataA nowhere --dataB oranges", "nowhere"),
@@ -1384,7 +1280,6 @@ MISTAKES = {  # a command line, and what its one sentence says
 if not torch.cuda.is_available():
     MISTAKES["no CUDA"] = (f"{TRAIN} --device cuda", "--device cuda")
 
-
 @pytest.fixture(scope="module")
 def mistakes(bad):
     """What each mistake gave, and the names of what all of them left behind."""
@@ -1393,18 +1288,15 @@ def mistakes(bad):
     left = {path.relative_to(bad).parts[0] for path in set(bad.rglob("*")) - before}
     return dict(zip(MISTAKES, results)), left
 
-
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_get_one_sentence(mistakes, case):
     status, _, err = mistakes[0][case]
     assert status not in (0, None) and MISTAKES[case][1] in err
     assert err.startswith("usage:") or len(err.splitlines()) == 1, err
 
-
 def test_mistakes_leave_nothing_behind(mistakes, bad):
     assert mistakes[1] == {"exploded", "overflowed"}
     assert [steps_of(bad / name) for name in mistakes[1]] == [0, 0]  # the last good one
-
 
 def test_unreadable_pictures_are_named_and_skipped(bad):
     trained, translated = side_by_side(
@@ -1416,7 +1308,6 @@ def test_unreadable_pictures_are_named_and_skipped(bad):
     assert "2 translated" in translated[1] and "some/a.png" in translated[2]
     assert "some/huge.png" in trained[1] and "some/huge.png" in translated[2]
     assert {p.name for p in (bad / "partly-out").iterdir()} == {"apples 2.png", "l" * 251 + ".png"}
-
 
 def test_changed_folder_is_read_again(place, tmp_path, capsys):
     folder, cache = tmp_path / "growing", tmp_path / "cache"
@@ -1440,7 +1331,6 @@ def test_changed_folder_is_read_again(place, tmp_path, capsys):
     shutil.rmtree(folder)
     assert (read()[0] == more).all() and "has gone" in capsys.readouterr().out
 
-
 def test_demo_scenes_differ_in_the_fruit_alone():
     scene = train.draw_scene(np.random.default_rng(0))
     apples, oranges = (train.paint(scene, kind, 64).astype(int) for kind in ("apples", "oranges"))
@@ -1449,13 +1339,10 @@ def test_demo_scenes_differ_in_the_fruit_alone():
     red, orange = apples[fruit].mean(0), oranges[fruit].mean(0)
     assert red[0] > 2 * red[1] and 0.4 < orange[1] / orange[0] < 0.7
 
-
 README = (HERE / "README.md").read_text()
-
 
 def blocks_of_readme(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
-
 
 def test_readme_commands_run_as_printed(place, tmp_path):
     lines = [line for block in blocks_of_readme("sh") for line in block.splitlines()]
@@ -1497,7 +1384,6 @@ def test_readme_commands_run_as_printed(place, tmp_path):
     settings = load_checkpoint(tmp_path / "runs/cityscapes/latest.pt")[0].config
     assert (settings.image_size, settings.load_size, settings.lambda_identity) == (128, 143, 0)
 
-
 def test_readme_points_at_the_lines_that_it_names():
     links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(links) > 15
@@ -1509,13 +1395,11 @@ def test_readme_points_at_the_lines_that_it_names():
     for target in re.findall(r'(?:src="|\]\()([\w/]+\.(?:png|gif|py|md))', README):
         assert (HERE / target).is_file(), target
 
-
 def test_readme_shows_the_step_as_it_is():
     step = blocks_of_readme("python")[0]
     assert "fake_y" in step and len(step.splitlines()) > 10
     code = (HERE / "cyclegan.py").read_text()
     assert "".join(" " * 12 + line + "\n" for line in step.splitlines()) in code
-
 
 def test_readme_computes_table_3(tmp_path):
     road, car, void = (128, 64, 128), (0, 0, 142), (0, 0, 0)
@@ -1530,9 +1414,7 @@ def test_readme_computes_table_3(tmp_path):
     # By hand, void left out: 3 of 4 pixels; road 2 of 3, car 1 of 1; IoU 2 of 3 and 1 of 2.
     assert np.allclose(numbers, [3 / 4, (2 / 3 + 1) / 2, (2 / 3 + 1 / 2) / 2]), done.stderr
 
-
 # ---- The benchmark -------------------------------------------------------------------------------
-
 
 def timed(step, rounds, cuda):
     """Milliseconds of a step, the mean of some in a row, between two waits for the device."""
@@ -1542,7 +1424,6 @@ def timed(step, rounds, cuda):
     if cuda:
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - began) / rounds
-
 
 def benchmark(rounds=30):
     """Times our step and the literal one in turns: the paper's size on a GPU, else a small one."""
@@ -1592,7 +1473,6 @@ def benchmark(rounds=30):
                   f"pictures/s {peaks.get(name, '')}{floor}   literal / {name}: "
                   f"{statistics.median(ratios):.2f}, half of the pairs within "
                   f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}")
-
 
 if __name__ == "__main__":
     benchmark(*map(int, sys.argv[1:]))
