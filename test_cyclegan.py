@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,12 +199,14 @@ def test_networks_compute_what_the_authors_networks_do(ours, twin):
     images = noise(2, 3, 64, 48)
     assert (ours(images) - twin(images)).abs().max() < 1e-9  # values inside reach 10^4
 
+AUTHORS_STEMS = {f"model.{i}" for i in (1, 4, 7, 19, 22, 26)} | {
+    f"model.{b}.conv_block.{i}" for b in range(10, 19) for i in (1, 5)}
+
 def test_state_dict_has_the_authors_keys():
-    def keys(network):
+    def stems(network):
         return {key.rsplit(".", 1)[0] for key in network.state_dict()}
-    blocks = {f"model.{b}.conv_block.{i}" for b in range(10, 19) for i in (1, 5)}
-    assert keys(Generator()) == blocks | {f"model.{i}" for i in (1, 4, 7, 19, 22, 26)}
-    assert keys(Discriminator()) == {f"model.{i}" for i in (0, 2, 5, 8, 11)}
+    assert stems(Generator()) == AUTHORS_STEMS
+    assert stems(Discriminator()) == {f"model.{i}" for i in (0, 2, 5, 8, 11)}
     # The paper's counts less the biases before a norm, of which each block has 512.
     count = [sum(p.numel() for p in n.parameters())
              for n in (Generator(), Generator(64, 6), Discriminator())]
@@ -609,11 +612,9 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("field, value", [
     ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
-    ("lambda_identity", -0.5),
-    ("lambda_forward", math.nan), ("objective", "wgan"), ("batch_size", 0), ("lr", 0.0),
-    ("lr", math.inf), ("lr", -1e-4),
-    ("beta1", 1.0), ("width", 0), ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5),
-    ("seed", "x"), ("seed", 2**64)])
+    ("lambda_identity", -0.5), ("lambda_forward", math.nan), ("objective", "wgan"),
+    ("batch_size", 0), ("lr", 0.0), ("lr", math.inf), ("lr", -1e-4), ("beta1", 1.0), ("width", 0),
+    ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5), ("seed", "x"), ("seed", 2**64)])
 def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=f"^{field} .*{re.escape(repr(value))}"):
         Config(**{field: value})
@@ -673,9 +674,7 @@ def by_twin(twin, picture):
 def test_authors_files_have_the_keys_that_they_have(tmp_path):
     # Typed from the authors' files: 9 blocks, then 6 blocks, dropout, and statistics.
     authors_file(tmp_path / "a", "plain", 2, 9)
-    stems = [f"model.{i}" for i in (1, 4, 7, 19, 22, 26)]
-    stems += [f"model.{b}.conv_block.{i}" for b in range(10, 19) for i in (1, 5)]
-    keys = {f"{stem}.{kind}" for stem in stems for kind in ("weight", "bias")}
+    keys = {f"{stem}.{kind}" for stem in AUTHORS_STEMS for kind in ("weight", "bias")}
     assert torch.load(tmp_path / "a").keys() == keys and len(keys) == 48
     authors_file(tmp_path / "a", "old with dropout", 2, 6)
     keys = torch.load(tmp_path / "a").keys()
@@ -694,18 +693,17 @@ def test_authors_files_translate_as_their_networks_do(form, blocks, tmp_path):
         assert np.abs(ours - by_twin(twin, picture)).max() < 1  # one is rounded, the other is not
 
 def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
-    for folder, names in (("both", ("latest_net_G_A", "latest_net_G_B", "95_net_G_A")),
-                          ("epochs", ("195_net_G_A", "200_net_G_A", "1000_net_G_A", "95_net_G_B",
-                                      "195_net_G_B", "200_net_G_B")),
-                          ("one way", ("latest_net_G",))):
+    cases = {  # files, then the one that is G and the one that is F
+        "both": ("latest_net_G_A latest_net_G_B 95_net_G_A", "latest_net_G_A", "latest_net_G_B"),
+        "epochs": ("195_net_G_A 200_net_G_A 1000_net_G_A 95_net_G_B 195_net_G_B 200_net_G_B",
+                   "1000_net_G_A", "200_net_G_B"),
+        "one way": ("latest_net_G", "latest_net_G", "latest_net_G")}
+    for folder, (names, *wanted) in cases.items():
         twins = {name: authors_file(tmp_path / folder / f"{name}.pth", "plain", 3, 6, seed)
-                 for seed, name in enumerate(names)}
-        for direction in ("AtoB", "BtoA"):
-            highest = {"AtoB": "1000_net_G_A", "BtoA": "200_net_G_B"}[direction]
-            wanted = {"both": f"latest_net_G_{direction[0]}", "epochs": highest,
-                      "one way": "latest_net_G"}[folder]
+                 for seed, name in enumerate(names.split())}
+        for direction, name in zip(("AtoB", "BtoA"), wanted):
             loaded = load_generator(tmp_path / folder, direction)
-            assert torch.equal(loaded.model[1].weight, twins[wanted][1].weight)
+            assert torch.equal(loaded.model[1].weight, twins[name][1].weight)
 
 def test_translate_takes_authors_files(tmp_path):
     twin = authors_file(tmp_path / "horse2zebra" / "latest_net_G_B.pth", "old")
@@ -737,8 +735,7 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     for name, data in {"empty": b"", "text": b"hello", "short": whole[:-100],
-                       "half": whole[:len(whole) // 2],
-                       "flipped": bytes(flipped)}.items():
+                       "half": whole[:len(whole) // 2], "flipped": bytes(flipped)}.items():
         (tmp_path / name).write_bytes(data)
         for load in (load_checkpoint, load_generator):
             with pytest.raises(UserError, match=name):
@@ -755,7 +752,7 @@ START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictu
     *((["model", "buffer_Y.count"], torch.tensor([value])) for value in (51, -1)),
     # The fused Adam would write past the end of moments of another shape.
     (["adams", 1, 0, "exp_avg"], torch.zeros(3)), (["adams", 1, 0, "exp_avg_sq"], torch.zeros(1)),
-    (["adams", 1, 0, "exp_avg"], None), (["adams", 1, 0, "step"], torch.zeros(4))])
+    (["adams", 1, 0, "exp_avg"], None), (["adams", 1, 0, "step"], torch.zeros(4))], ids=str)
 def test_impossible_values_in_a_checkpoint_are_refused(keys, value, tmp_path):
     model, (*way, last) = CycleGAN(Config(**TINY)), keys
     model.step(image(), image())
@@ -955,11 +952,11 @@ def place(tmp_path_factory):
 
 def test_training_writes_what_it_promises(place):
     run_folder = place / "trained"
-    written = {re.sub("-[0-9a-f]{16}", "", str(path.relative_to(run_folder)))
-               for path in run_folder.rglob("*") if path.is_file()}
-    assert written == {".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
+    written = sorted(re.sub("-[0-9a-f]{16}", "", str(path.relative_to(run_folder)))
+                     for path in run_folder.rglob("*") if path.is_file())
+    assert written == [".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
                        "latest.pt", "losses.csv", "samples.gif",
-                       *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))}
+                       *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
     lines = (run_folder / "losses.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,rate,gan,cycle,identity,D_X,D_Y"
     rows = [[float(v) for v in line.split(",")] for line in lines[1:]]
@@ -977,14 +974,13 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
         pictures.tofile(tmp_path / name)
         return np.memmap(tmp_path / name, np.uint8, "r", shape=pictures.shape)
 
-    config = Config(image_size=24, load_size=30, batch_size=2, seed=3)
+    config = Config(image_size=24, load_size=30, batch_size=2, epochs=1, decay_epochs=1, seed=3)
     A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
             for n in (7, 4))
     A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # a row tells the place of a crop
     A, B = mapped(A, "A"), mapped(B, "B")
     seen, pairs, places = [], [], set()
-    epochs = list(train.batches(Config(**{**vars(config), "epochs": 1, "decay_epochs": 1}), A, B,
-                                0, 0))
+    epochs = list(train.batches(config, A, B, 0, 0))
     assert [(e, after) for e, after, *_ in epochs] == [
         (0, (0, 2)), (0, (0, 4)), (0, (0, 6)), (0, (1, 0)),
         (1, (1, 2)), (1, (1, 4)), (1, (1, 6)), (1, (2, 0))]
@@ -1004,7 +1000,7 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     flips = [train.batch(config, big, big, 0, s)[0][0, 0, :, 0] for s in range(60)]
     assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
     monkeypatch.setattr(train, "WORLD", 2)  # two processes share a batch of twice the size
-    single, parts = Config(**{**vars(config), "batch_size": 1}), []
+    single, parts = replace(config, batch_size=1), []
     for rank in (0, 1):
         monkeypatch.setattr(train, "RANK", rank)
         parts.append(train.batch(single, A, B, 1, 4))
@@ -1013,7 +1009,7 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def swapped(place):
     """What two runs of one epoch say; the second has one of two of decay, so half of its rate."""
-    line = f"train.py --dataA oranges --dataB apples {SMALL}"
+    line = f"train.py --dataA {place}/oranges --dataB {place}/apples {SMALL}"
     return [ok(place, f"{line} {schedule}") for schedule in (
         "--lr 2e-4 --epochs 1 --decay-epochs 0", "--lr 4e-4 --epochs 0 --decay-epochs 1")]
 
@@ -1194,8 +1190,8 @@ def test_translations_keep_names_folders_and_sizes(place):
             for p in (place / "there").rglob("*.png")} == names
     assert "5 translated" in out
     picture = read_picture(place / "apples" / "apples 2.png")
-    for folder, direction, width in (("there", "AtoB", 41), ("two", "BtoA", 82)):
-        network = load_generator(place / "trained", direction)
+    model, _ = load_checkpoint(place / "trained" / "latest.pt")
+    for folder, network, width in (("there", model.G, 41), ("two", model.F, 82)):
         result = read_picture(place / folder / "apples 2.png")
         assert result.shape == (32, width, 3)
         assert (result[:, -41:] == cyclegan.translate(network, picture[None])[0]).all()
