@@ -1067,8 +1067,8 @@ def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, place):
     checkpoint = (killed[0] / "latest.pt").read_bytes()
     log = (killed[0] / "losses.csv").read_text().splitlines(keepends=True)
     line = len("".join(log[:steps_of(killed[0]) + 1])) + 20  # the checkpoint's log, not a line more
-    cases = {"a": (len(checkpoint) // 2, "latest.pt"), "b": (100, "losses.csv"),
-             "c": (line, "losses.csv")}
+    cases = {"full1": (len(checkpoint) // 2, "latest.pt"), "full2": (100, "losses.csv"),
+             "full3": (line, "losses.csv")}
     for name in cases:
         shutil.copytree(killed[0], place / name)
     ends = finish(*(launch(place, f"train.py --resume {name}", preexec_fn=functools.partial(
