@@ -1204,11 +1204,14 @@ def test_nothing_is_written_over(place):
         ok(place, "translate.py twice --checkpoint trained --out twice-out")
     assert len(list((place / "twice-out").rglob("*.png"))) == 6
     assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
-    (place / "mine").mkdir()
+    for name in ("mine", "large"):
+        (place / name).mkdir()
+    Image.new("1", (20000, 10000)).save(place / "large" / "apples 1.png")
     mine = shutil.copy(place / "oranges" / "oranges 0.png", place / "mine" / "apples 1.png")
     cases = {"translate.py apples --out apples": "apples/apples 0.png",
              "translate.py twice-out --out twice-out": "apples 0-2.png",  # ours, but a source
-             "translate.py apples/more --out mine": "mine/apples 1.png"}  # no source, but not ours
+             "translate.py apples/more --out mine": "mine/apples 1.png",  # no source, but not ours
+             "translate.py apples/more --out large": "large/apples 1.png"}  # nor to be opened
     ends = side_by_side(run, place, *(f"{line} --checkpoint trained" for line in cases))
     for (status, _, err), target in zip(ends, cases.values()):
         assert status == 1 and f"{target} is there" in err
