@@ -274,10 +274,10 @@ class ImageBuffer(nn.Module):
         for image, where, whether in zip(images.split(1), *draws.split(1, 1)):
             filling = self.count < self.size
             place = torch.where(filling, self.count, (where * self.size).long())
-            store = filling | (whether < 0.5)
+            swap = ~filling & (whether < 0.5)
             stored = self.images.index_select(0, place)
-            returned.append(torch.where(store & ~filling, stored, image))
-            self.images[place] = torch.where(store, image, stored)
+            returned.append(torch.where(swap, stored, image))
+            self.images[place] = torch.where(filling | swap, image, stored)
             self.count += filling
         return torch.cat(returned).chunk(number)[rank]
 
@@ -615,8 +615,7 @@ def png(picture, **more):
 
 def pick(device, precision="auto"):
     """(torch.device, precision); "auto" is CUDA, and bf16 where native. Raises UserError."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
         device = "cuda" if there["cuda"] else "cpu"
     if not there.get(device, True):
