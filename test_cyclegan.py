@@ -1098,11 +1098,12 @@ PART_OF_A_STEP = """
 import time, torch, train
 from cyclegan import Config, CycleGAN
 from test_cyclegan import TINY, noise, state_of
-group, rank = train.connect(torch.device("cpu")), train.RANK
-assert train.agree(group, rank, -rank, False) == (1, 0, 0)
+train.connect(torch.device("cpu"))
+rank = train.RANK
+assert train.agree(rank, -rank, False) == (1, 0, 0)
 began = time.perf_counter()
 time.sleep(1 - rank)
-train.agree(group)
+train.agree()
 assert time.perf_counter() - began > 0.9  # they wait for each other
 model = CycleGAN(Config(**TINY, buffer_size=2)).double()
 for k in range(4):
@@ -1148,9 +1149,9 @@ def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
         done = []
         monkeypatch.setattr(train, "RANK", rank)
         monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
-        monkeypatch.setattr(train, "agree", lambda _, *values: done.append("wait") or values)
+        monkeypatch.setattr(train, "agree", lambda *values: done.append("wait") or values)
         monkeypatch.setattr(train, "cached", lambda folder, *_: done.append(folder.name) or [])
-        train.open_pictures(Path("run"), place, 28, None)
+        train.open_pictures(Path("run"), place, 28)
         assert done.index("A") == done.index("B") - 1 == turn and done.count("wait") == 4
 
 def test_the_end_of_one_process_ends_the_other(place):

@@ -108,9 +108,7 @@ def say(line, passing=False):
 # ---- Several processes ---------------------------------------------------------------------------
 
 def connect(device):
-    """Joins torchrun's processes. Returns a group to wait in on the host, None if there is one."""
-    if WORLD == 1:
-        return None
+    """Joins torchrun's processes, which then train together."""
     if device.type == "mps":
         raise UserError("several processes train on --device cuda or cpu, not on mps")
     if device.type == "cuda":
@@ -120,17 +118,17 @@ def connect(device):
         torch.cuda.set_device(LOCAL_RANK)
         say("steps are not recorded as a CUDA graph, as there are several processes")
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # reading pictures is slow
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))  # reading pictures is slow
     except (ValueError, RuntimeError) as error:
         raise UserError(f"WORLD_SIZE is {WORLD}, but the processes cannot connect ({error}); start "
                         "them with torchrun") from error
 
-def agree(group, *values):
-    """The largest of each value over all processes, for which this waits."""
-    if group:
+def agree(*values):
+    """The largest of each value over all processes, for which this waits on the host."""
+    if WORLD > 1:
         largest = torch.tensor([0, *values], dtype=torch.int64)  # for no value nobody would wait
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
         values = tuple(largest[1:].tolist())
     return values
 
@@ -181,7 +179,7 @@ def cached(folder, side, cache, name):
     say(f"{name}: {count} pictures from {folder}")
     return np.memmap(data, np.uint8, "r", shape=(count, side, side, 3))
 
-def open_pictures(run, place, side, group):
+def open_pictures(run, place, side):
     """A and B as `cached` gives them; one process of each machine reads before its others do."""
     for mine in (RANK == 0, RANK > LOCAL_RANK == 0, LOCAL_RANK > 0):  # machines may share a disk
         if mine:
@@ -189,8 +187,8 @@ def open_pictures(run, place, side, group):
                 draw_demo(run, side)
             A, B = (cached(run / folder, side, run / "cache", name)
                     for folder, name in zip(place["data"], "AB"))
-        agree(group)
-    if agree(group, len(A), len(B), -len(A), -len(B)) != (len(A), len(B), -len(A), -len(B)):
+        agree()
+    if agree(len(A), len(B), -len(A), -len(B)) != (len(A), len(B), -len(A), -len(B)):
         raise UserError("the machines do not have the same pictures")
     return A, B
 
@@ -384,9 +382,9 @@ def resume(run, saved, given, device):
         + f", on {device} in {model.precision}" + f", {WORLD} processes" * (WORLD > 1))
     return model, place
 
-def start(given, device, group):
+def start(given, device):
     """(run, model, place) as the command line wants them; rank 0 has the files, and sends them."""
-    found = [None]
+    found = [None, None]
     if RANK == 0:
         if "resume" not in given:
             run = begin(given, device)
@@ -397,10 +395,10 @@ def start(given, device, group):
         for pattern in ("*.part", "cache/*.part", "samples/*.part"):  # of a process that was killed
             for part in run.glob(pattern):
                 part.unlink()
-        found = [(run, read_checkpoint(run / "latest.pt"))]
-    if group:
-        dist.broadcast_object_list(found, group=group)
-    return found[0][0], *resume(*found[0], given, device)
+        found = [run, read_checkpoint(run / "latest.pt")]
+    if WORLD > 1:
+        dist.broadcast_object_list(found)
+    return found[0], *resume(*found, given, device)
 
 def trim_log(path, steps):
     """Leaves of losses.csv its head and the lines of the steps that are in the checkpoint."""
@@ -470,10 +468,10 @@ def save(run, model, place):
         save_checkpoint(run / f"epoch_{place['epoch']:04}.pt", model, place)
     save_checkpoint(run / "latest.pt", model, place)
 
-def train(run, model, place, max_steps, group):
+def train(run, model, place, max_steps):
     """Trains to the end, or to --max-steps, Ctrl-C or SIGTERM. Returns the exit status."""
     config, device = model.config, next(model.parameters()).device
-    A, B = open_pictures(run, place, config.load_size, group)
+    A, B = open_pictures(run, place, config.load_size)
     count, size = max(len(A), len(B)), WORLD * config.batch_size
     epochs = config.epochs + config.decay_epochs
     last = min(max_steps, model.steps + math.ceil(max(1, count - place["done"]) / size)
@@ -510,7 +508,7 @@ def train(run, model, place, max_steps, group):
             running[-1].record()
             if len(running) > AHEAD:
                 running.popleft().synchronize()
-        stopped, due = agree(group, bool(signals), now - saved > 60 * place["save_minutes"])
+        stopped, due = agree(bool(signals), now - saved > 60 * place["save_minutes"])
         ended, stopped = after[1] == 0, stopped or model.steps >= last
         due = due or ended or stopped
         place.update(epoch=after[0], done=after[1])
@@ -537,8 +535,8 @@ def train(run, model, place, max_steps, group):
         if stopped:
             break
         idle = time.perf_counter()
-    agree(group)  # the others wait until rank 0 has saved
-    if group:
+    agree()  # the others wait until rank 0 has saved
+    if WORLD > 1:
         dist.destroy_process_group()
     if place["demo"] and not signals and RANK == 0:
         judge_demo(model, config.load_size)
@@ -558,8 +556,9 @@ def main():
     options, reason = parse(), None
     try:
         device, _ = pick(options.device)
-        group = connect(device)
-        return train(*start(vars(options), device, group), options.max_steps, group)
+        if WORLD > 1:
+            connect(device)
+        return train(*start(vars(options), device), options.max_steps)
     except UserError as error:
         reason = error
     except OSError as error:
