@@ -202,14 +202,13 @@ def crops(pictures, chosen, side, random):
     Each is read whole: through the mapping, one page can fetch megabytes around it from the disk.
     Of several processes each draws the random numbers for all and takes its share of the pictures.
     """
-    _, *shape = pictures.shape
-    corners = random.integers(shape[0] - side + 1, size=(len(chosen), 2))
+    one = pictures[0]
+    corners = random.integers(len(one) - side + 1, size=(len(chosen), 2))
     flips, result = random.random(len(chosen)) < 0.5, []
     for k in np.array_split(np.arange(len(chosen)), WORLD)[RANK]:
-        top, left = corners[k]
-        start = math.prod(shape) * int(chosen[k])
-        picture = np.fromfile(pictures.filename, np.uint8, math.prod(shape), offset=start)
-        picture = picture.reshape(shape)[top:top + side, left:left + side]
+        start, (top, left) = one.size * int(chosen[k]), corners[k]
+        read = np.fromfile(pictures.filename, np.uint8, one.size, offset=start).reshape(one.shape)
+        picture = read[top:top + side, left:left + side]
         result.append(picture[:, ::-1] if flips[k] else picture)
     return np.stack(result)
 
@@ -432,30 +431,26 @@ def record(pending, path):
 @torch.no_grad()
 def sample_grid(model, A, B):
     """Rows of x, G(x), F(G(x)), y, F(y), G(F(y)) for fixed, uncropped pictures. (H, W, 3) uint8."""
-    rows, device, side = [], next(model.parameters()).device, A.shape[1]
+    shown, device, side = [], next(model.parameters()).device, A.shape[1]
     for k in range(4):
-        row = []
         for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
             source = to_tensor(pictures[[k * len(pictures) // 4]], device)
             fake = there(source)
-            row += [*to_pictures(torch.cat([source, fake, back(fake)]))[:, :side, :side]]
-        frame = ((0, 0), (2, 2), (2, 2), (0, 0))
-        rows.append(np.concatenate(np.pad(row, frame, constant_values=255), 1))
-    return np.concatenate(rows)
+            shown += [*to_pictures(torch.cat([source, fake, back(fake)]))[:, :side, :side]]
+    framed = np.pad(shown, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+    return np.concatenate([np.concatenate(row, 1) for row in np.split(framed, 4)])
 
 def animate(run):
     """Writes samples.gif: the samples, or FRAMES of them, from the first epoch to the last."""
     paths = sorted((run / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path))
-    chosen = np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int)
     frames, file = [], io.BytesIO()
-    for k in chosen:
+    for k in np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int):
         try:
             frames.append(Image.fromarray(read_picture(paths[k])))
+            frames[-1].thumbnail((960, 960))
         except UserError as error:
             say(f"skipped: {error}")
     if frames:
-        for frame in frames:
-            frame.thumbnail((960, 960))
         times = [250] * (len(frames) - 1) + [2000]  # milliseconds
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
         write_file(run / "samples.gif", [file.getvalue()])
