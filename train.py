@@ -291,13 +291,13 @@ def judge_demo(model, side):
     apples, oranges = (np.stack([paint(scene, kind, side) for scene in scenes])
                        for kind in ("apples", "oranges"))
     fruit = (apples != oranges).any(-1)
+    idle = abs(apples - oranges.astype(float))[fruit].mean()
     for name, network, source, truth in (("apples to oranges", model.G, apples, oranges),
                                          ("oranges to apples", model.F, oranges, apples)):
-        idle = abs(source - truth.astype(float)) / 127.5
-        error = abs(translate(network, source) - truth.astype(float)) / 127.5
+        error = abs(translate(network, source) - truth.astype(float))
         say(f"{name}: on {len(scenes)} held-out scenes the error inside the fruit is "
-            f"{error[fruit].mean() / idle[fruit].mean():.0%} of that of doing nothing; outside the "
-            f"fruit it is {error[~fruit].mean():.3f} on the [-1, 1] scale")
+            f"{error[fruit].mean() / idle:.0%} of that of doing nothing; outside the fruit it is "
+            f"{error[~fruit].mean() / 127.5:.3f} on the [-1, 1] scale")
 
 # ---- A run and its folder ------------------------------------------------------------------------
 
@@ -321,8 +321,8 @@ def new_folder(out, name):
     left = {".lock", "latest.pt.part"}  # by a start that was killed
     if out and out.is_dir() and {path.name for path in out.iterdir()} - left:
         raise UserError(f"--out {out} is not empty; name a new folder or go on with --resume {out}")
-    names = itertools.chain([name], (f"{name}-{k}" for k in itertools.count(2)))
-    folder = out or next(Path("runs", name) for name in names if not Path("runs", name).exists())
+    folders = (Path("runs", f"{name}-{k}" if k > 1 else name) for k in itertools.count(1))
+    folder = out or next(folder for folder in folders if not folder.exists())
     folder.mkdir(parents=True, exist_ok=out is not None)
     lock(folder)
     return folder
@@ -408,7 +408,7 @@ def trim_log(path, steps):
     write_file(path, [line.encode() for line in (head, *lines)])
 
 def record(pending, path):
-    """Appends the losses of all steps since the last call, which only now leave the device.
+    """Appends the losses of the pending steps, which only now leave the device.
 
     Returns their means. Raises UserError at the first that is not finite, or if writing fails.
     """
@@ -425,7 +425,6 @@ def record(pending, path):
     for k, loss in np.argwhere(~np.isfinite(table)):
         raise UserError(f"the loss {LOSSES[loss]} is {table[k, loss]} at step {pending[k][0]}; "
                         + TOO_FAR)
-    pending.clear()
     return table.mean(0)
 
 @torch.no_grad()
@@ -487,7 +486,7 @@ def train(run, model, place, max_steps):
         signal.signal(signal.SIGHUP, on_signal)
     if RANK == 0:
         trim_log(run / "losses.csv", model.steps)
-    pending, running, shown_step, first_step, waited = [], deque(), model.steps, model.steps, 0.0
+    pending, running, first_step, waited = [], deque(), model.steps, 0.0
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         say("the first step compiles the networks, which may take a minute or two")
@@ -503,24 +502,24 @@ def train(run, model, place, max_steps):
             running[-1].record()
             if len(running) > AHEAD:
                 running.popleft().synchronize()
-        stopped, due = agree(bool(signals), now - saved > 60 * place["save_minutes"])
-        ended, stopped = after[1] == 0, stopped or model.steps >= last
-        due = due or ended or stopped
-        place.update(epoch=after[0], done=after[1])
+        ended, stopped = after[1] == 0, bool(signals) or model.steps >= last
+        late = now - saved > 60 * place["save_minutes"]
+        stopped, due = agree(stopped, stopped or ended or late)
+        place["epoch"], place["done"] = after
         if RANK == 0:
             pending.append((model.steps, epoch + 1, rate, losses))
             if due or model.steps == first_step + 1 or now - shown > (1 if TERMINAL else 10):
                 means, now = record(pending, run / "losses.csv"), time.perf_counter()
-                pace = (now - shown) / (model.steps - shown_step)
+                pace = (now - shown) / len(pending)
                 left = (now - began) / max(1, model.steps - first_step - 1) * (last - model.steps)
-                memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+                memory = torch.cuda.max_memory_allocated() / 2**30  # 0 without CUDA
                 say(f"epoch {epoch + 1}/{epochs} step {model.steps}/{last} | "
                     + " ".join(f"{name} {mean:.2f}" for name, mean in zip(LOSSES, means))
                     + f" | {timedelta(seconds=round(left))} left | {1000 * pace:.0f} ms/step "
                     f"{2 * size / pace:.1f} pictures/s {waited / (now - shown):.0%} waiting"
                     + f" | peak {memory:.1f} GiB" * bool(memory), passing=not (ended or stopped))
                 began = now if model.steps == first_step + 1 else began  # not that of compiling
-                shown, shown_step, waited = now, model.steps, 0.0
+                pending, shown, waited = [], now, 0.0
             if ended and (epoch + 1) % place["sample_every"] == 0:
                 grid = png(sample_grid(model, A, B))
                 write_file(run / "samples" / f"epoch_{epoch + 1:04}.png", [grid])
@@ -548,7 +547,7 @@ def main():
         sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     warnings.showwarning = lambda warning, *_: say(f"note: {warning}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training, as Ctrl-C
-    options, reason = parse(), None
+    options = parse()
     try:
         device, _ = pick(options.device)
         if WORLD > 1:
