@@ -530,8 +530,6 @@ def train(run, model, place, max_steps):
             break
         idle = time.perf_counter()
     agree()  # the others wait until rank 0 has saved
-    if WORLD > 1:
-        dist.destroy_process_group()
     if place["demo"] and not signals and RANK == 0:
         judge_demo(model, config.load_size)
     if RANK == 0:
@@ -568,9 +566,10 @@ def main():
         reason = "stopped before the first step"
     rank = f" (rank {RANK})" if WORLD > 1 else ""
     print(f"{chr(10) if TERMINAL else ''}train.py{rank}: {reason}", file=sys.stderr, flush=True)
-    if WORLD > 1:
-        os._exit(1)  # without farewells to processes that may have gone
     return 1
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if WORLD > 1:  # no farewells to processes that may have gone; gloo's even aborted now and then
+        os._exit(status)
+    sys.exit(status)
