@@ -1009,7 +1009,7 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def swapped(place):
     """What two runs of one epoch say; the second has one of two of decay, so half of its rate."""
-    line = f"train.py --dataA {place}/oranges --dataB {place}/apples {SMALL}"
+    line = f"train.py --dataA oranges --dataB apples {SMALL}"
     return [ok(place, f"{line} {schedule}") for schedule in (
         "--lr 2e-4 --epochs 1 --decay-epochs 0", "--lr 4e-4 --epochs 0 --decay-epochs 1")]
 
@@ -1060,7 +1060,8 @@ def killed(place):
     return folder, refused
 
 def test_one_training_at_a_time_is_at_work_in_a_run(killed):
-    for (status, _, err), reason in zip(killed[1], ("another training", "--resume killed")):
+    reasons = ("another training is at work in killed", "--out killed is not empty")
+    for (status, _, err), reason in zip(killed[1], reasons):
         assert status == 1 and len(err.splitlines()) == 1 and reason in err, err
 
 def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, place):
@@ -1098,12 +1099,11 @@ PART_OF_A_STEP = """
 import time, torch, train
 from cyclegan import Config, CycleGAN
 from test_cyclegan import TINY, noise, state_of
-train.connect(torch.device("cpu"))
-rank = train.RANK
-assert train.agree(rank, -rank, False) == (1, 0, 0)
+group, rank = train.connect(torch.device("cpu")), train.RANK
+assert train.agree(group, rank, -rank, False) == (1, 0, 0)
 began = time.perf_counter()
 time.sleep(1 - rank)
-train.agree()
+train.agree(group)
 assert time.perf_counter() - began > 0.9  # they wait for each other
 model = CycleGAN(Config(**TINY, buffer_size=2)).double()
 for k in range(4):
@@ -1114,8 +1114,9 @@ torch.save([*state_of(model), *losses.values()], f"rank{rank}.pt")
 
 def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
     (tmp_path / "part.py").write_text(PART_OF_A_STEP)
-    [(status, _, err)] = finish(launch(tmp_path, str(tmp_path / "part.py"), processes=2, env={
-        **ENVIRONMENT, "PYTHONPATH": str(HERE)}), timeout=300)
+    pair = launch(tmp_path, shlex.quote(f"{tmp_path}/part.py"), processes=2,
+                  env={**ENVIRONMENT, "PYTHONPATH": str(HERE)})
+    [(status, _, err)] = finish(pair, timeout=300)
     assert status == 0, err
     model = CycleGAN(Config(**TINY, buffer_size=2)).double()
     for k in range(4):
@@ -1149,9 +1150,9 @@ def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
         done = []
         monkeypatch.setattr(train, "RANK", rank)
         monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
-        monkeypatch.setattr(train, "agree", lambda *values: done.append("wait") or values)
+        monkeypatch.setattr(train, "agree", lambda _, *values: done.append("wait") or values)
         monkeypatch.setattr(train, "cached", lambda folder, *_: done.append(folder.name) or [])
-        train.open_pictures(Path("run"), place, 28)
+        train.open_pictures(Path("run"), place, 28, None)
         assert done.index("A") == done.index("B") - 1 == turn and done.count("wait") == 4
 
 def test_the_end_of_one_process_ends_the_other(place):
@@ -1205,14 +1206,15 @@ def test_nothing_is_written_over(place):
         ok(place, "translate.py twice --checkpoint trained --out twice-out")
     assert len(list((place / "twice-out").rglob("*.png"))) == 6
     assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
-    for name in ("mine", "large"):
-        (place / name).mkdir()
+    for name in ("mine", "large", "folder/apples 1.png"):
+        (place / name).mkdir(parents=True)
     Image.new("1", (20000, 10000)).save(place / "large" / "apples 1.png")
     mine = shutil.copy(place / "oranges" / "oranges 0.png", place / "mine" / "apples 1.png")
     cases = {"translate.py apples --out apples": "apples/apples 0.png",
              "translate.py twice-out --out twice-out": "apples 0-2.png",  # ours, but a source
              "translate.py apples/more --out mine": "mine/apples 1.png",  # no source, but not ours
-             "translate.py apples/more --out large": "large/apples 1.png"}  # nor to be opened
+             "translate.py apples/more --out large": "large/apples 1.png",  # nor to be opened
+             "translate.py apples/more --out folder": "folder/apples 1.png"}
     ends = side_by_side(run, place, *(f"{line} --checkpoint trained" for line in cases))
     for (status, _, err), target in zip(ends, cases.values()):
         assert status == 1 and f"{target} is there" in err

@@ -108,7 +108,9 @@ def say(line, passing=False):
 # ---- Several processes ---------------------------------------------------------------------------
 
 def connect(device):
-    """Joins torchrun's processes, which then train together."""
+    """Joins torchrun's processes. Returns a group to wait in on the host, None if there is one."""
+    if WORLD == 1:
+        return None
     if device.type == "mps":
         raise UserError("several processes train on --device cuda or cpu, not on mps")
     if device.type == "cuda":
@@ -118,17 +120,17 @@ def connect(device):
         torch.cuda.set_device(LOCAL_RANK)
         say("steps are not recorded as a CUDA graph, as there are several processes")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))  # reading pictures is slow
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return dist.new_group(backend="gloo", timeout=timedelta(days=1))  # reading pictures is slow
     except (ValueError, RuntimeError) as error:
         raise UserError(f"WORLD_SIZE is {WORLD}, but the processes cannot connect ({error}); start "
                         "them with torchrun") from error
 
-def agree(*values):
-    """The largest of each value over all processes, for which this waits on the host."""
-    if WORLD > 1:
+def agree(group, *values):
+    """The largest of each value over all processes, for which this waits."""
+    if group:
         largest = torch.tensor([0, *values], dtype=torch.int64)  # for no value nobody would wait
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
         values = tuple(largest[1:].tolist())
     return values
 
@@ -179,7 +181,7 @@ def cached(folder, side, cache, name):
     say(f"{name}: {count} pictures from {folder}")
     return np.memmap(data, np.uint8, "r", shape=(count, side, side, 3))
 
-def open_pictures(run, place, side):
+def open_pictures(run, place, side, group):
     """A and B as `cached` gives them; one process of each machine reads before its others do."""
     for mine in (RANK == 0, RANK > LOCAL_RANK == 0, LOCAL_RANK > 0):  # machines may share a disk
         if mine:
@@ -187,8 +189,8 @@ def open_pictures(run, place, side):
                 draw_demo(run, side)
             A, B = (cached(run / folder, side, run / "cache", name)
                     for folder, name in zip(place["data"], "AB"))
-        agree()
-    if agree(len(A), len(B), -len(A), -len(B)) != (len(A), len(B), -len(A), -len(B)):
+        agree(group)
+    if agree(group, len(A), len(B), -len(A), -len(B)) != (len(A), len(B), -len(A), -len(B)):
         raise UserError("the machines do not have the same pictures")
     return A, B
 
@@ -381,7 +383,7 @@ def resume(run, saved, given, device):
         + f", on {device} in {model.precision}" + f", {WORLD} processes" * (WORLD > 1))
     return model, place
 
-def start(given, device):
+def start(given, device, group):
     """(run, model, place) as the command line wants them; rank 0 has the files, and sends them."""
     found = [None, None]
     if RANK == 0:
@@ -395,8 +397,8 @@ def start(given, device):
             for part in run.glob(pattern):
                 part.unlink()
         found = [run, read_checkpoint(run / "latest.pt")]
-    if WORLD > 1:
-        dist.broadcast_object_list(found)
+    if group:
+        dist.broadcast_object_list(found, group=group)
     return found[0], *resume(*found, given, device)
 
 def trim_log(path, steps):
@@ -462,10 +464,10 @@ def save(run, model, place):
         save_checkpoint(run / f"epoch_{place['epoch']:04}.pt", model, place)
     save_checkpoint(run / "latest.pt", model, place)
 
-def train(run, model, place, max_steps):
+def train(run, model, place, max_steps, group):
     """Trains to the end, or to --max-steps, Ctrl-C or SIGTERM. Returns the exit status."""
     config, device = model.config, next(model.parameters()).device
-    A, B = open_pictures(run, place, config.load_size)
+    A, B = open_pictures(run, place, config.load_size, group)
     count, size = max(len(A), len(B)), WORLD * config.batch_size
     epochs = config.epochs + config.decay_epochs
     last = min(max_steps, model.steps + math.ceil(max(1, count - place["done"]) / size)
@@ -504,7 +506,7 @@ def train(run, model, place, max_steps):
                 running.popleft().synchronize()
         ended, stopped = after[1] == 0, bool(signals) or model.steps >= last
         late = now - saved > 60 * place["save_minutes"]
-        stopped, due = agree(stopped, stopped or ended or late)
+        stopped, due = agree(group, stopped, stopped or ended or late)
         place["epoch"], place["done"] = after
         if RANK == 0:
             pending.append((model.steps, epoch + 1, rate, losses))
@@ -529,7 +531,7 @@ def train(run, model, place, max_steps):
         if stopped:
             break
         idle = time.perf_counter()
-    agree()  # the others wait until rank 0 has saved
+    agree(group)  # the others wait until rank 0 has saved
     if place["demo"] and not signals and RANK == 0:
         judge_demo(model, config.load_size)
     if RANK == 0:
@@ -548,9 +550,8 @@ def main():
     options = parse()
     try:
         device, _ = pick(options.device)
-        if WORLD > 1:
-            connect(device)
-        return train(*start(vars(options), device), options.max_steps)
+        group = connect(device)
+        return train(*start(vars(options), device, group), options.max_steps, group)
     except UserError as error:
         reason = error
     except OSError as error:

@@ -81,13 +81,14 @@ def plan(inputs, out):
             pairs[str(target).lower()] = source, target
     sources = {os.path.realpath(source) for source, _ in pairs.values()}
     for _, target in pairs.values():
-        if os.path.realpath(target) in sources or target.exists() and not (
-                target.is_file() and translated(target)):
+        if os.path.realpath(target) in sources or target.exists() and not translated(target):
             raise UserError(f"{target} is there, and not from here; choose another --out")
     return [*pairs.values()]
 
 def translated(path):
-    """Whether a file is the result of an earlier call, which may be replaced."""
+    """Whether a path is the result of an earlier call, which may be replaced."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:  # the mark stands before the pixels
         return f"Software\0{SOFTWARE}".encode() in file.read(99)
 
