@@ -800,12 +800,13 @@ def test_the_log_keeps_the_steps_of_the_checkpoint_even_if_it_had_lost_some(tmp_
 def test_a_damaged_sample_is_left_out_of_the_animation(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
     for k in (1, 2, 3):
-        Image.new("RGB", (8, 8), (k * 60, 0, 0)).save(tmp_path / "samples" / f"epoch_000{k}.png")
+        Image.new("RGB", (1920, 480), (k * 60, 0, 0)).save(
+            tmp_path / "samples" / f"epoch_000{k}.png")
     (tmp_path / "samples" / "epoch_0002.png").write_bytes(b"")
     train.animate(tmp_path)
     assert "skipped: cannot read" in capsys.readouterr().out
     with Image.open(tmp_path / "samples.gif") as animation:
-        assert animation.n_frames == 2
+        assert animation.n_frames == 2 and animation.size == (960, 240)
 
 class Malice:
     def __reduce__(self):
@@ -968,6 +969,14 @@ def test_training_writes_what_it_promises(place):
     assert grid.shape == (4 * 32, 6 * 32, 3)  # 28 pixels in a frame of 2
     shown = Image.open(place / "apples" / "apples 0.png").resize((28, 28), Image.BICUBIC)
     assert (grid[2:30, 2:30] == np.asarray(shown)).all()  # whole, not cropped
+    model, cells = load_checkpoint(run_folder / "latest.pt")[0], grid.reshape(4, 32, 6, 32, 3)
+    A, B = (np.fromfile(next(run_folder.glob(f"cache/{name}-*")), np.uint8).reshape(-1, 28, 28, 3)
+            for name in "AB")
+    x, y = to_tensor(A[[0, 1, 2, 3]]), to_tensor(B[[0, 0, 1, 2]])  # each fourth of 5 and of 3
+    with torch.no_grad():
+        columns = (x, model.G(x), model.F(model.G(x)), y, model.F(y), model.G(model.F(y)))
+    for k, column in enumerate(columns):  # in other batches rounding may differ
+        assert np.abs(cells[:, 2:30, k, 2:30] - to_pictures(column).astype(int)).max() <= 1, k
 
 def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     def mapped(pictures, name):
@@ -1220,6 +1229,25 @@ def test_nothing_is_written_over(place):
         assert status == 1 and f"{target} is there" in err
     assert Path(mine).read_bytes() == (place / "oranges" / "oranges 0.png").read_bytes()
 
+def test_pictures_of_one_size_go_together_and_what_memory_cannot_hold_is_skipped(
+        tmp_path, monkeypatch, capsys):
+    pairs, shapes = [], []
+    for name, height in (("a", 8), ("b", 12), ("c", 8)):
+        Image.new("RGB", (9, height)).save(tmp_path / f"{name}.png")
+        pairs.append((tmp_path / f"{name}.png", tmp_path / "out" / f"{name}.png"))
+
+    def network(_, pictures, __):
+        shapes.append(pictures.shape)
+        return torch.empty(10**15) if pictures.shape[1] == 12 else 255 - pictures
+
+    monkeypatch.setattr(translate, "translate", network)
+    assert translate.translate_all(None, "fp32", pairs, False) == 2
+    assert sorted(shapes) == [(1, 12, 9, 3), (2, 8, 9, 3)]
+    err = capsys.readouterr().err
+    assert err.startswith("skipped: too large") and err.endswith("b.png\n")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png"}
+    assert (read_picture(tmp_path / "out" / "c.png") == 255).all()
+
 def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
     shutil.copytree(place / "apples", tmp_path / "photos")
     out = tmp_path / "photos" / "translated"
@@ -1340,6 +1368,19 @@ def test_demo_scenes_differ_in_the_fruit_alone():
     assert 0.05 < fruit.mean() < 0.5
     red, orange = apples[fruit].mean(0), oranges[fruit].mean(0)
     assert red[0] > 2 * red[1] and 0.4 < orange[1] / orange[0] < 0.7
+
+def test_the_demo_is_judged_by_the_truth(capsys):
+    def network(brighter):  # changes nothing but the brightness
+        layer = nn.Conv2d(3, 3, 1)
+        nn.init.dirac_(layer.weight)
+        nn.init.constant_(layer.bias, brighter)
+        return layer
+
+    train.judge_demo(SimpleNamespace(G=network(0.0), F=network(0.1)), 64)
+    G, F = capsys.readouterr().out.splitlines()
+    assert G.startswith("apples to oranges") and "fruit is 100% of that of doing nothing" in G
+    assert "outside the fruit it is 0.000" in G
+    assert F.startswith("oranges to apples") and "outside the fruit it is 0.102" in F  # 13 levels
 
 README = (HERE / "README.md").read_text()
 
