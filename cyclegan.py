@@ -1,16 +1,29 @@
-"""CycleGAN, to be read beside its paper, from top to bottom.
+"""CycleGAN, to be read beside its paper: Zhu, Park, Isola, Efros, "Unpaired Image-to-Image
+Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, arXiv 1703.10593v7.
+"Sec.", "Eq." and "Fig." are the paper's; the authors' code is pytorch-CycleGAN-and-pix2pix.
 
-Zhu, Park, Isola, Efros: "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
-Networks", ICCV 2017, arXiv 1703.10593v7. "Sec." and "Eq." are that paper's; "the authors' code" is
-junyanz/pytorch-CycleGAN-and-pix2pix.
+There are images x of one domain, X (say, apples), and y of another, Y (oranges), but no pairs.
+G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), and D_X x from F(y).
 
-There are two domains, X and Y, and only unpaired pictures x and y of them. G: X -> Y and F: Y -> X
-translate; D_X tells x from F(y), D_Y tells y from G(x). X is domain A of the command line, Y is B.
+      forward cycle (Fig. 3b)                    backward cycle (Fig. 3c)
+           G            F                             F            G
+      x ----> fake_y ----> back_x                y ----> fake_x ----> back_y
+                |            |                             |            |
+          D_Y: real y?    x again?                   D_X: real x?    y again?
+
+An image is named after the domain it should lie in, so G makes all _y and F makes all _x:
+
+      fake_y = G(x)         fake_x = F(y)         should pass for real         Eq. 1
+      back_x = F(fake_y)    back_y = G(fake_x)    should be x and y again      Eq. 2
+      same_x = F(x)         same_y = G(y)         should be x and y still      Sec. 5.2
+
+"Images" are tensors (N, 3, H, W) in [-1, 1], "pictures" uint8 arrays (H, W, 3), as in files.
+On the command line X is A and Y is B. Part I is the method, Part II what it takes to use it.
 """
 
 import io
-import math
 import os
+import threading
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
@@ -18,98 +31,65 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch import nn
+from torch import distributed, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-class UserError(ValueError):
-    """Something that whoever runs the program can put right; the text is one line about it."""
-
-    def __str__(self):  # other libraries' reasons and file names may have several
-        return " ".join(line.strip() for line in super().__str__().splitlines())
-
-def out_of_memory(error):
-    """Whether an exception says that memory ran out, on whatever device."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "allocate memory"))
-
+# ==== Part I: the method ==========================================================================
 # ---- Settings ------------------------------------------------------------------------------------
 
-def _setting(default, least, meaning):
-    return field(default=default, metadata={"least": least, "help": meaning})
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides the result of a training. Raises UserError naming an impossible value."""
-
-    image_size: int = _setting(256, 24, "side of the crops, a multiple of 4 from 24 on (Sec. 7.2)")
-    load_size: int = _setting(286, 24, "side that pictures are resized to (authors' code)")
-    blocks: int = _setting(9, 0, "residual blocks of a generator (Sec. 7.2)")
-    width: int = _setting(64, 1, "channels after the first layer of each network (Sec. 7.2)")
-    objective: str = _setting("lsgan", None, "lsgan (least squares, Sec. 4) or log (Eq. 1)")
-    lambda_gan: float = _setting(1.0, 0, "weight of the adversarial losses (1 in Eq. 3)")
-    lambda_forward: float = _setting(10.0, 0, "weight of the forward cycle, F(G(x)) - x (Eq. 2, 3)")
-    lambda_backward: float = _setting(10.0, 0, "weight of the backward one, G(F(y)) - y (Eq. 2, 3)")
-    lambda_identity: float = _setting(0.5, 0, "weight of identity, times the cycle's (Sec. 5.2)")
-    buffer_size: int = _setting(50, 0, "generated images kept per discriminator (Sec. 4)")
-    batch_size: int = _setting(1, 1, "pictures of each domain, per process and step (Sec. 4)")
-    lr: float = _setting(2e-4, 0, "Adam's learning rate before the decay (Sec. 4)")
-    beta1: float = _setting(0.5, 0, "Adam's first beta; the second is 0.999 (authors' code)")
-    epochs: int = _setting(100, 0, "epochs at the full learning rate (Sec. 7.1)")
-    decay_epochs: int = _setting(100, 0, "further epochs, the rate falling to zero (Sec. 7.1)")
-    seed: int = _setting(0, 0, "decides weights, order, crops, flips and the buffers' draws")
+    """Every setting of the method. Raises UserError for an impossible value."""
+    # Networks and their images
+    image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
+    load_size: int = setting(None, "side before cropping; default image_size x 286 / 256")
+    blocks: int = setting(None, "residual blocks; default 9, below 256 pixels 6 (Sec. 7.2)")
+    width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
+    # Losses
+    objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
+    lambda_gan: float = setting(1.0, "weight of the adversarial losses (1 in Eq. 3)")
+    lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
+    lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
+    lambda_identity: float = setting(0.5, "weight of identity, times the cycle's (authors' code)")
+    # Training
+    buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
+    batch_size: int = setting(1, "images of each domain per step (Sec. 7.1)")
+    lr: float = setting(2e-4, "learning rate of Adam (Sec. 7.1)")
+    beta1: float = setting(0.5, "first beta of Adam, the second is 0.999 (authors' code)")
+    epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
+    decay_epochs: int = setting(100, "further epochs, in which it decays to zero (Sec. 7.1)")
+    seed: int = setting(0, "seed of weights, order, crops, flips and buffers")
 
     def __post_init__(self):
-        def check(name, possible, rule):
-            if not possible:
-                raise UserError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+        complete_and_check(self)
 
-        for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata["least"]
-            if f.type is not str:
-                check(f.name, isinstance(value, (int, f.type)) and least <= value < 1e300,
-                      f"{'a whole' if f.type is int else 'a'} number, at least {least}")
-        check("image_size", self.image_size % 4 == 0, "a multiple of 4")
-        check("load_size", self.load_size >= self.image_size, f"{self.image_size} or more")
-        check("objective", self.objective in ("lsgan", "log"), "lsgan or log")
-        check("lr", self.lr > 0, "above 0")
-        check("beta1", self.beta1 < 1, "below 1")
-        check("seed", self.seed < 2**63, "below 2^63")
-        check("epochs", 0 < self.epochs + self.decay_epochs < 10**6,
-              "between 1 and a million, together with decay_epochs")
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
-# No bias stands before an InstanceNorm, which would subtract it again.
+# InstanceNorm, ReflectionPad and LastConvolution are PyTorch's InstanceNorm2d, ReflectionPad2d
+# and Conv2d, made faster in Part II. A norm would cancel a bias before it, so there is none.
 
-class InstanceNorm(nn.Module):
-    """Each channel of each picture less its mean, over its deviation, in the layout of h."""
-
-    def forward(self, h):
-        if h.is_contiguous():  # NCHW: one channel a group, the fastest on a CPU
-            return torch.group_norm(h, h.shape[1])
-        wide = h if h.dtype == torch.float64 else h.float()  # statistics take float32 at least
-        variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
-        return ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
-
-class ReflectionPad(nn.ReflectionPad2d):
-    """Keeps the layout of h; PyTorch's own padding and norms return NCHW on CUDA."""
-
-    def forward(self, h):
-        padded = super().forward(h)
-        return padded if h.is_contiguous() else padded.to(memory_format=torch.channels_last)
 
 def c7s1(channels, k):
     """7x7 convolution with k filters and stride 1, InstanceNorm, ReLU."""
     return [ReflectionPad(3), nn.Conv2d(channels, k, 7, bias=False), InstanceNorm(), nn.ReLU(True)]
 
+
 def d(channels, k):
-    """3x3 convolution with k filters and stride 2, InstanceNorm, ReLU."""
+    """3x3 convolution with k filters, stride 2, zero padding (authors'), InstanceNorm, ReLU."""
     return [nn.Conv2d(channels, k, 3, 2, padding=1, bias=False), InstanceNorm(), nn.ReLU(True)]
+
 
 def u(channels, k):
     """3x3 transposed convolution with k filters, stride 2 (the paper's 1/2), InstanceNorm, ReLU."""
     return [nn.ConvTranspose2d(channels, k, 3, 2, padding=1, output_padding=1, bias=False),
             InstanceNorm(), nn.ReLU(True)]
+
 
 class R(nn.Module):
     """Residual block: two 3x3 convolutions with k filters. No ReLU after the sum."""
@@ -123,64 +103,56 @@ class R(nn.Module):
     def forward(self, h):
         return h + self.conv_block(h)
 
-def C(channels, k, stride=2, norm=True):
-    """4x4 convolution with k filters, InstanceNorm but in the first layer, LeakyReLU 0.2."""
-    return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=not norm),
-            *([InstanceNorm()] if norm else []), nn.LeakyReLU(0.2, True)]
 
-def initialise(network, random=None):
-    """Draws weights from N(0, 0.02), sets biases to 0 (Sec. 7.1)."""
+def C(channels, k, stride=2):
+    """4x4 convolution with k filters, InstanceNorm, LeakyReLU with slope 0.2."""
+    return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=False),
+            InstanceNorm(), nn.LeakyReLU(0.2, True)]
+
+
+def initialise(network, generator=None):
+    """Draws weights from N(0, 0.02) and sets biases to 0 (Sec. 7.1)."""
     for name, parameter in network.named_parameters():
-        nn.init.normal_(parameter, 0, 0.0 if name.endswith("bias") else 0.02, random)
+        deviation = 0.0 if name.endswith("bias") else 0.02
+        nn.init.normal_(parameter, 0.0, deviation, generator)
 
-class LastConvolution(nn.Conv2d):
-    """7x7 convolution with 3 filters, which would leave most of a CPU's vector lanes empty.
-
-    There four copies, each shifted down by one row, make 12 filters of 10x7 with stride 4: the same
-    sums, four rows at a time, in about half of the time. The height must be a multiple of 4.
-    """
-
-    def forward(self, h):
-        if not h.is_contiguous():  # channels last, on CUDA
-            return super().forward(h)
-        filters = torch.cat([nn.functional.pad(self.weight, (0, 0, k, 3 - k)) for k in range(4)])
-        rows = nn.functional.conv2d(h, filters, self.bias.repeat(4), stride=(4, 1))
-        return rows.unflatten(1, (4, 3)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 class Generator(nn.Module):
-    """c7s1-64, d128, d256, R256 times blocks, u128, u64, c7s1-3 (Sec. 7.2, where width is 64).
+    """c7s1-64, d128, d256, `blocks` times R256, u128, u64, c7s1-3 (Sec. 7.2, where width is 64).
 
-    (N, 3, H, W) in [-1, 1] -> the same; H and W are multiples of 4, at least 8. The state dict has
-    the authors' keys, less the biases that a norm would cancel.
+    (N, 3, H, W) images -> the same shape. Raises ValueError unless H and W are multiples of 4,
+    at least 8. The last layer has neither norm nor ReLU (authors' code).
     """
 
     def __init__(self, width=64, blocks=9):
         super().__init__()
-        self.model = nn.Sequential(                  # 256 x 256 become
+        self.model = nn.Sequential(                  # 256 x 256 becomes
             *c7s1(3, width),                         #   64 x 256 x 256
             *d(width, 2 * width),                    #  128 x 128 x 128
             *d(2 * width, 4 * width),                #  256 x  64 x  64
-            *(R(4 * width) for _ in range(blocks)),  #  256 x  64 x  64
+            *[R(4 * width) for _ in range(blocks)],  #  256 x  64 x  64
             *u(4 * width, 2 * width),                #  128 x 128 x 128
             *u(2 * width, width),                    #   64 x 256 x 256
             ReflectionPad(3), LastConvolution(width, 3, 7), nn.Tanh())  # 3 x 256 x 256
         initialise(self)
 
     def forward(self, images):
-        return self.model(images).to(images.dtype)  # losses take float32 at least
+        check_sides(images)
+        return self.model(images)
+
 
 class Discriminator(nn.Module):
-    """C64, C128, C256, C512, then one filter: the 70 x 70 PatchGAN (Sec. 7.2, where width is 64).
+    """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2, width 64).
 
-    (N, 3, H, W) in [-1, 1] -> (N, 1, H', W') scores, high for real, each of an overlapping patch of
-    70 x 70 pixels; no sigmoid. With a stride of 2 in C512 too, as one can read the paper, patches
-    would have 94 x 94 pixels; the authors' codes have 1.
+    (N, 3, H, W) images -> (N, 1, H', W') scores, high for real, each of a patch of 70 x 70 pixels;
+    no sigmoid. C64 has no norm. C512 has stride 1 (authors' code): 2 would make it 94 x 94.
     """
 
     def __init__(self, width=64):
         super().__init__()
-        self.model = nn.Sequential(                  # 256 x 256 become
-            *C(3, width, norm=False),                #   64 x 128 x 128
+        self.model = nn.Sequential(                  # 256 x 256 becomes
+            nn.Conv2d(3, width, 4, 2, padding=1),    #   64 x 128 x 128, C64
+            nn.LeakyReLU(0.2, True),
             *C(width, 2 * width),                    #  128 x  64 x  64
             *C(2 * width, 4 * width),                #  256 x  32 x  32
             *C(4 * width, 8 * width, stride=1),      #  512 x  31 x  31
@@ -188,258 +160,514 @@ class Discriminator(nn.Module):
         initialise(self)
 
     def forward(self, images):
-        return self.model(images).to(images.dtype)  # losses take float32 at least
+        return self.model(images)
 
-# ---- Losses (Sec. 3 to 5.2) ----------------------------------------------------------------------
 
-def adversarial_loss(scores, real, objective):
-    """An expectation of Eq. 1 as a loss: how far scores are from saying `real`, True or False.
+# ---- Losses (Sec. 3, 4 and 5.2) ------------------------------------------------------------------
+# Expectations and norms are means over images, patches and pixels, as in the authors' code.
+REAL, FAKE = 1.0, 0.0
 
-    "log": -log D for real, -log(1 - D) for not, where D = sigmoid(scores); "lsgan" (Sec. 4):
-    (D - 1)^2 and D^2, where D = scores. The mean over pictures and patches comes last. -> 0-d
 
-    G minimises it with real=True: -log D(G(x)), not log(1 - D(G(x))), as in both authors' codes.
+def adversarial_loss(scores, target, objective="lsgan"):
+    """An expectation of Eq. 1 as a loss: how far D's scores are from REAL or from FAKE. -> scalar
+
+                             target REAL    target FAKE
+        "lsgan" (Sec. 4)     (D - 1)^2      D^2              where D = scores
+        "log" (Eq. 1)        -log(D)        -log(1 - D)      where D = sigmoid(scores)
+
+    For D_Y, y is REAL and G(x) is FAKE. For G, G(x) should be REAL: with "log" it minimises
+    -log(D), as in the authors' code, not Eq. 1's log(1 - D), which is flat where D is sure.
     """
-    if objective == "log":  # -log sigmoid(s) = softplus(-s), which never overflows
-        return nn.functional.softplus(-scores if real else scores).mean()
-    return (scores - float(real)).square().mean()
+    if objective == "lsgan":
+        return (scores - target).square().mean()
+    return binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
 
-def L1(a, b):
-    """The norm of Eq. 2 per value: the mean absolute difference. -> 0-d tensor."""
-    return (a - b).abs().mean()
 
-def together(network, *batches):
-    """What a network makes of each batch, by one call: InstanceNorm is per picture, so it may."""
-    return network(torch.cat(batches)).chunk(len(batches))
+def cycle_loss(x, y, back_x, back_y, lambda_forward=1.0, lambda_backward=1.0):
+    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its weight (Eq. 3). -> scalar"""
+    return lambda_forward * l1_loss(back_x, x) + lambda_backward * l1_loss(back_y, y)
 
-def discriminator_loss(D, real, fake, buffer, draws, objective):
-    """D's part of Eq. 1, halved (Sec. 7.1), on what the buffer gives for `fake`. -> 0-d"""
-    on_real, on_fake = together(D, real, buffer.exchange(fake.detach(), draws))
-    return (adversarial_loss(on_real, True, objective)
-            + adversarial_loss(on_fake, False, objective)) / 2
 
-# ---- Several processes, started by torchrun, each with its share of a batch ----------------------
+def identity_loss(x, y, same_x, same_y, lambda_forward=1.0, lambda_backward=1.0):
+    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as the cycles of x and y. -> scalar"""
+    return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
-def processes():
-    """(rank, number) of this among the processes that train together; (0, 1) for one alone."""
-    alone = not (dist.is_available() and dist.is_initialized())
-    return (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
-def average(tensors):
-    """Puts in place of each tensor its mean over all processes; they travel as one flat tensor."""
-    if processes()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor) / processes()[1])
+def discriminator_loss(D, real, fake, objective="lsgan"):
+    """D's side of Eq. 1, halved (Sec. 7.1): ((D(real) - 1)^2 + D(fake)^2) / 2. -> scalar"""
+    real_scores, fake_scores = in_one_batch(D, real, fake)  # D(real), D(fake) (Part II)
+    return 0.5 * (adversarial_loss(real_scores, REAL, objective)
+                  + adversarial_loss(fake_scores, FAKE, objective))
 
-def gather(images):
-    """(N, 3, H, W) of every process -> those of all, in the order of the ranks."""
-    if processes()[1] == 1:
-        return images
-    everyones = [images.new_empty(images.shape) for _ in range(processes()[1])]
-    dist.all_gather(everyones, images.contiguous())
-    return torch.cat(everyones)
 
-# ---- The buffer of generated images (Sec. 4) -----------------------------------------------------
+# ---- The image buffer (Sec. 4) -------------------------------------------------------------------
+
 
 class ImageBuffer(nn.Module):
-    """`size` earlier generated images of one domain, for its discriminator (authors' code).
+    """Half of the time shows a discriminator earlier generated images, to damp oscillation.
 
-    While it fills, an image is stored and returned. From then on it is returned with probability
-    1/2; else a stored one, drawn at random, is returned, and leaves its place to the new one.
+    What a new image c does to a buffer of size 2 (authors' code):
+
+        filling     [a, -] -> [a, c]    c is shown    while there is room
+        swapping    [a, b] -> [a, c]    b is shown    from then on, with probability 1/2
+        passing     [a, b] -> [a, b]    c is shown    otherwise
     """
 
-    def __init__(self, size):
+    def __init__(self, size=50, side=256):
         super().__init__()
-        self.size = size
-        self.register_buffer("images", torch.zeros(size, 0, 0, 0))
-        self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("images", torch.zeros(size, 3, side, side))
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # places filled
 
     @torch.no_grad()
-    def exchange(self, images, draws=None):
-        """(N, 3, H, W) -> the same shape, decided for one image after another, on the device.
-
-        draws: (N, 2) in [0, 1), two random numbers per image. Another H or W empties the buffer.
-        Of several processes each has the same buffer, for the images of all (so draws for all).
-        """
-        if self.size == 0:
-            return images
-        rank, number = processes()
-        images = gather(images)
-        if self.images.shape[1:] != images.shape[1:]:
-            self.images, self.count = images.new_zeros(self.size, *images.shape[1:]), self.count * 0
-        draws = torch.rand(len(images), 2, device=images.device) if draws is None else draws
-        returned = []
-        for image, where, whether in zip(images.split(1), *draws.split(1, 1)):
-            filling = self.count < self.size
-            place = torch.where(filling, self.count, (where * self.size).long())
-            swap = ~filling & (whether < 0.5)
-            stored = self.images.index_select(0, place)
-            returned.append(torch.where(swap, stored, image))
-            self.images[place] = torch.where(filling | swap, image, stored)
+    def exchange(self, images, draws):
+        """(N, 3, side, side) new images -> as many to show. draws: (N, 2) uniform on [0, 1)."""
+        size = len(self.images)
+        shown = []
+        for image, draw in zip(images.split(1), draws.split(1)):
+            place, coin = draw.unbind(1)
+            # torch.where, as an `if` on a tensor would make the CPU wait for the GPU.
+            filling = self.count < size
+            swapping = ~filling & (coin < 0.5)
+            slot = torch.where(filling, self.count, (place * size).long())  # the next, or any
+            old = self.images[slot]  # a copy
+            shown.append(torch.where(swapping, old, image))
+            self.images[slot] = torch.where(filling | swapping, image, old)
             self.count += filling
-        return torch.cat(returned).chunk(number)[rank]
+        return torch.cat(shown)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        shape = state_dict[prefix + "images"].shape[1:]  # not known before the first exchange
-        self.images = self.images.new_zeros(self.size, *shape)
-        if not 0 <= state_dict[prefix + "count"].item() <= self.size:
-            raise ValueError(f"{prefix}count is no number of images")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
-# ---- On CUDA: fused kernels, in one recording ----------------------------------------------------
+# ---- Training (Sec. 3.3, 4 and 7.1) --------------------------------------------------------------
+# From Part II: exchange(buffer, ...) is buffer.exchange(...); engine.fast(G, F) is G, F themselves;
+# engine.adam(G, F) is the Adam for the parameters of both, made at the first step.
 
-def compiled(networks, device):
-    """The networks, on CUDA compiled; where that fails, as they are, with a warning."""
-    if torch.device(device).type != "cuda":
-        return networks
-    try:
-        torch.compile(lambda h: h * h + 1)(torch.ones(8, device=device))
-    except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
-        warnings.warn("steps are slower here, as torch.compile fails: "
-                      f"{type(error).__name__} {str(error).strip().partition(chr(10))[0]}")
-        return networks
-    torch._dynamo.config.recompile_limit = 64  # past 8 sizes it would go on uncompiled, in silence
-    return tuple(torch.compile(network, dynamic=False) for network in networks)
 
-class Recording:
-    """A function of CUDA tensors that is recorded as one CUDA graph, which its later calls replay.
+def learning_rate(config, epoch):
+    """2e-4 in epochs 0 to 99, then 100/101, 99/101, ..., 1/101 of that (authors' code)."""
+    late = max(0, epoch + 1 - config.epochs)
+    return config.lr * max(0.0, 1.0 - late / (config.decay_epochs + 1))
 
-    The first three calls are real ones, in which PyTorch compiles and picks its kernels. Tensors of
-    another shape start anew. What cannot be recorded goes on unrecorded, with a warning.
+
+def six_images(G, F, x, y, lambda_identity=0.5):
+    """The six images of the table at the top of this file, in three calls of a generator.
+
+    F needs fake_y, so G(x) comes first. Then F takes its three inputs in one batch, then G its
+    two: faster, and exact, as InstanceNorm treats each image alone.
+    """
+    fake_y = G(x)
+    if lambda_identity > 0:
+        back_x, fake_x, same_x = in_one_batch(F, fake_y, y, x)
+        back_y, same_y = in_one_batch(G, fake_x, y)
+    else:
+        back_x, fake_x = in_one_batch(F, fake_y, y)
+        back_y = G(fake_x)
+        same_x, same_y = x, y  # stand-ins, whose identity loss is 0
+    return fake_x, fake_y, back_x, back_y, same_x, same_y
+
+
+def minimise(loss, optimizer):
+    """One step of Adam, which changes its own parameters only: G's loss passes through D_Y."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    average_gradients(parameters)
+    optimizer.step()
+
+
+class CycleGAN(nn.Module):
+    """Everything that training changes: four networks, two image buffers, two optimizers.
+
+    Other modules may be assigned to G, F, D_X and D_Y before the first step, which moves them to
+    the device as they are. They must treat each image of a batch alone, so no BatchNorm.
     """
 
-    def __init__(self, function):
-        self.function, self.shapes, self.stream = function, None, None
+    def __init__(self, config, device="cpu", precision="auto"):
+        super().__init__()
+        self.config = config
+        self.G = Generator(config.width, config.blocks)  # X -> Y
+        self.F = Generator(config.width, config.blocks)  # Y -> X
+        self.D_X = Discriminator(config.width)           # is it x, or F(y)?
+        self.D_Y = Discriminator(config.width)           # is it y, or G(x)?
+        self.buffer_X = ImageBuffer(config.buffer_size, config.image_size)  # of F(y), for D_X
+        self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
+        self.steps = 0                                   # done so far
+        self.engine = Engine(config, device, precision)  # makes the step fast (Part II)
+        initialise(self, torch.Generator().manual_seed(config.seed))
+        self.to(self.engine.device, memory_format=memory_format(self.engine.device))
+
+    def set_learning_rate(self, lr):
+        self.engine.lr.fill_(lr)
+
+    def step(self, x, y):
+        """One training step on x and y, each (N, 3, image_size, image_size), drawn independently.
+
+        Returns {name: detached scalar}: gan, cycle, identity with their weights, D_X and D_Y
+        halved. Raises ValueError for other shapes. The learning rate is the caller's to set, once
+        an epoch: model.set_learning_rate(learning_rate(model.config, epoch)).
+        """
+        check_step(self, x, y)
+        draws = buffer_draws(self.config.seed, self.steps, x)  # (2, N, 2), a function of the step
+        losses = self.engine.run(self.update, x, y, draws)
+        self.steps += 1
+        return losses
+
+    def update(self, x, y, draws):
+        """Six images, five losses, two updates (Eq. 3 and 4). Engine.run calls it."""
+        G, F, D_X, D_Y = self.engine.fast(self.G, self.F, self.D_X, self.D_Y)
+        c = self.config
+        fake_x, fake_y, back_x, back_y, same_x, same_y = six_images(G, F, x, y, c.lambda_identity)
+
+        # G and F minimise   Eq. 1, Sec. 4:  (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2
+        #                    Eq. 2:          ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1
+        #                    Sec. 5.2:       ||F(x) - x||_1    + ||G(y) - y||_1
+        gan = c.lambda_gan * (adversarial_loss(D_Y(fake_y), REAL, c.objective)
+                              + adversarial_loss(D_X(fake_x), REAL, c.objective))
+        cycle = cycle_loss(x, y, back_x, back_y, c.lambda_forward, c.lambda_backward)
+        identity = c.lambda_identity * identity_loss(
+            x, y, same_x, same_y, c.lambda_forward, c.lambda_backward)
+
+        # D_X minimises      Eq. 1, Sec. 4:  ((D_X(x) - 1)^2 + D_X(F(y))^2) / 2, and D_Y likewise
+        shown_x = exchange(self.buffer_X, fake_x.detach(), draws[0])
+        shown_y = exchange(self.buffer_Y, fake_y.detach(), draws[1])
+        loss_D_X = discriminator_loss(D_X, x, shown_x, c.objective)
+        loss_D_Y = discriminator_loss(D_Y, y, shown_y, c.objective)
+
+        # All five losses are of the networks as they were; only now do the networks change.
+        minimise(gan + cycle + identity, self.engine.adam(self.G, self.F))
+        minimise(loss_D_X + loss_D_Y, self.engine.adam(self.D_X, self.D_Y))
+        return detach_and_average({"gan": gan, "cycle": cycle, "identity": identity,
+                                   "D_X": loss_D_X, "D_Y": loss_D_Y})
+
+
+# ==== Part II: what it takes to use the method. You may stop reading here. ========================
+
+__all__ = ["Config", "CycleGAN", "Discriminator", "Generator", "ImageBuffer", "UserError",
+           "adversarial_loss", "cycle_loss", "discriminator_loss", "find_pictures",
+           "identity_loss", "learning_rate", "load_checkpoint", "load_generator", "read_picture",
+           "save_checkpoint", "six_images", "to_pictures", "to_tensor", "translate"]
+
+# ---- Errors and settings -------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """Something that whoever runs the program can put right, said in one line."""
+
+    def __str__(self):  # reasons of other libraries and names of files may have several lines
+        return " ".join(line.strip() for line in super().__str__().splitlines())
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out, on whatever device."""
+    words = "out of memory", "allocate memory"
+    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
+
+
+LEAST = {"load_size": 24, "width": 1, "batch_size": 1}  # of the other settings 0
+
+
+def complete_and_check(config):
+    """Replaces None in a new Config. Raises UserError naming the first impossible value."""
+    def require(name, possible, rule):
+        if not possible:
+            raise UserError(f"{name} must be {rule}, not {getattr(config, name)!r}")
+
+    size = config.image_size
+    require("image_size", isinstance(size, int) and size >= 24 and size % 4 == 0,
+            "a multiple of 4, at least 24")
+    defaults = {"load_size": round(size * 286 / 256), "blocks": 9 if size >= 256 else 6}
+    for name, value in defaults.items():
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, value)  # frozen for everyone else
+    for f in fields(config):
+        value, least = getattr(config, f.name), LEAST.get(f.name, 0)
+        if f.type is int:
+            require(f.name, isinstance(value, int) and value >= least,
+                    f"a whole number, at least {least}")
+        elif f.type is float:
+            require(f.name, isinstance(value, (int, float)) and 0 <= value < 1e300,
+                    "a number, at least 0")
+    require("load_size", config.load_size >= size, f"at least image_size, {size}")
+    require("objective", config.objective in ("lsgan", "log"), "lsgan or log")
+    require("lr", config.lr > 0, "above 0")
+    require("beta1", config.beta1 < 1, "below 1")
+    require("seed", config.seed < 2**63, "below 2^63")
+    require("epochs", 0 < config.epochs + config.decay_epochs < 10**6,
+            "between 1 and a million, together with decay_epochs")
+
+
+# ---- Layers, made faster -------------------------------------------------------------------------
+# On CUDA images lie in memory as channels_last (NHWC), which its convolutions want. PyTorch's own
+# norm and padding would return NCHW. On a CPU images stay NCHW.
+
+
+class InstanceNorm(nn.Module):
+    """Normalises each channel of each image to mean 0 and variance 1; keeps the memory layout."""
+
+    def forward(self, h):
+        if h.is_contiguous():  # NCHW: one channel a group, the fastest on a CPU
+            return torch.group_norm(h, h.shape[1])
+        wide = h if h.dtype == torch.float64 else h.float()  # statistics in bfloat16 would be wrong
+        variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
+        return ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
+
+
+class ReflectionPad(nn.ReflectionPad2d):
+    """Reflection padding that keeps the memory layout, backward too."""
+
+    def forward(self, h):
+        if h.is_contiguous():
+            return super().forward(h)
+        last = h.movedim(1, -1)  # (N, H, W, C): padded as three dimensions, C by nothing
+        return nn.functional.pad(last, (0, 0, *self.padding), "reflect").movedim(-1, 1)
+
+
+class LastConvolution(nn.Conv2d):
+    """7x7 convolution with 3 filters, which would leave most of a CPU's vector lanes empty.
+
+    There, four copies of the filters, each shifted down by one row, make 12 filters of 10x7 with
+    stride 4: the same sums, four rows at a time, in half of the time. H must be a multiple of 4.
+    """
+
+    def forward(self, h):
+        if not h.is_contiguous():
+            return super().forward(h)
+        filters = [nn.functional.pad(self.weight, (0, 0, k, 3 - k)) for k in range(4)]
+        rows = nn.functional.conv2d(h, torch.cat(filters), self.bias.repeat(4), stride=(4, 1))
+        return rows.unflatten(1, (4, 3)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def check_sides(images):
+    """Raises ValueError unless height and width are multiples of 4, at least 8."""
+    height, width = images.shape[2:]
+    if height % 4 or width % 4 or height < 8 or width < 8:
+        raise ValueError(f"height and width must be multiples of 4, at least 8, not {height} x "
+                         f"{width}; translate() takes pictures of any size")
+
+
+def in_one_batch(network, *batches):
+    """[network(batch) for batch in batches], in one call of the network."""
+    return network(torch.cat(batches)).chunk(len(batches))
+
+
+# ---- Running the step on a device ----------------------------------------------------------------
+
+
+def choose_device(device, precision="auto"):
+    """(torch.device, precision); "auto" is CUDA, and bf16 where native. Raises UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if str(device) == "auto":
+        device = "cuda" if available["cuda"] else "cpu"
+    device = torch.device(device)
+    if not available.get(device.type, True):
+        raise UserError(f"--device {device}: PyTorch finds none on this machine; try --device cpu")
+    if precision == "auto":
+        native = (device.type == "cuda"
+                  and torch.cuda.is_bf16_supported(including_emulation=False))
+        precision = "bf16" if native else "fp32"
+    return device, precision
+
+
+def memory_format(device):
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def to_device(tensor, device):
+    """A CPU tensor on a device; to CUDA it goes from pinned memory, so that nothing waits."""
+    cuda = device.type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
+
+
+def check_step(model, x, y):
+    """Raises ValueError if a step cannot take these images, or not with these networks."""
+    size = model.config.image_size
+    if x.shape != y.shape or x.shape[1:] != (3, size, size) or len(x) == 0:
+        raise ValueError(f"x and y must both be (N, 3, {size}, {size}), as image_size is {size}; "
+                         f"they are {tuple(x.shape)} and {tuple(y.shape)}")
+    networks = model.G, model.F, model.D_X, model.D_Y
+    dtype = next(model.G.parameters()).dtype
+    if model.engine.prepared_for not in (None, (networks, dtype)):
+        raise ValueError("a network, or the type of its weights, changed after the first step; "
+                         "change them on a new CycleGAN")
+    model.engine.prepared_for = networks, dtype
+
+
+def buffer_draws(seed, step, images):
+    """Place and coin for each image in both buffers: (2, N of all processes, 2) on [0, 1)."""
+    random = np.random.default_rng([seed, 0, step])
+    draws = random.random((2, len(images) * rank_and_world_size()[1], 2), np.float32)  # never 1
+    return to_device(torch.from_numpy(draws), images.device)
+
+
+class Engine:
+    """Runs the update of a CycleGAN: has its optimizers, and on CUDA what makes it fast.
+
+    precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
+    """
+
+    def __init__(self, config, device, precision):
+        self.device, self.precision = choose_device(device, precision)
+        self.betas = (float(config.beta1), 0.999)
+        # The rate is a tensor, which both optimizers read: a CUDA graph would bake a number in.
+        if self.device.type == "cuda":
+            self.lr = torch.tensor(config.lr, dtype=torch.float32, device=self.device)
+        else:
+            self.lr = torch.tensor(config.lr, dtype=torch.float64)
+        self.optimizers = {}  # networks -> their Adam
+        self.networks = {}    # networks -> what stands in for them
+        self.prepared_for = None
+        self.graph = None
+
+    def adam(self, *networks):
+        """The Adam of all parameters of some networks, made at the first call."""
+        if networks not in self.optimizers:
+            parameters = [p for n in networks for p in n.parameters() if p.requires_grad]
+            kind = self.device.type
+            self.optimizers[networks] = torch.optim.Adam(
+                parameters, self.lr, self.betas, fused=kind in ("cpu", "cuda"),
+                capturable=kind == "cuda")
+        return self.optimizers[networks]
+
+    def fast(self, *networks):
+        """Networks as the step calls them: on CUDA compiled; in bfloat16 if that is asked for."""
+        if networks not in self.networks:
+            for network in networks:
+                network.to(self.device, memory_format=memory_format(self.device))
+            fast = compiled(networks) if self.device.type == "cuda" else networks
+            if self.precision == "bf16":
+                fast = [in_bfloat16(network) for network in fast]
+            self.networks[networks] = fast
+        return self.networks[networks]
+
+    def run(self, update, *tensors):
+        """update(*tensors), on CUDA recorded. Several processes are not: they talk in between."""
+        if self.device.type != "cuda" or rank_and_world_size()[1] > 1:
+            return update(*tensors)
+        if self.graph is None:
+            self.graph = CudaGraph(update, self.device)
+        return self.graph(*tensors)
+
+
+def in_bfloat16(network):
+    """The network, computed in bfloat16; its weights and what it returns are not."""
+    def call(images):
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return network(images).to(images.dtype)
+
+    return call
+
+
+def compiled(networks):
+    """The networks compiled; where that fails, as they are, with a warning that says why."""
+    try:
+        torch.compile(lambda h: h * h + 1)(torch.ones(8, device="cuda"))
+    except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"torch.compile fails, so steps are slower: {type(error).__name__} {reason}",
+                      stacklevel=2)
+        return networks
+    torch._dynamo.config.cache_size_limit = 64  # past 8 sizes it would go on uncompiled
+    return [torch.compile(network, dynamic=False) for network in networks]
+
+
+class CudaGraph:
+    """A function of CUDA tensors, recorded at its fourth call as a CUDA graph, then replayed.
+
+    The first three calls are real ones, in which PyTorch compiles and picks its kernels. Tensors
+    of another shape, and what cannot be recorded, run unrecorded.
+    """
+
+    def __init__(self, function, device):
+        self.function, self.calls, self.graph = function, 0, None
+        self.stream = torch.cuda.Stream(device)  # warms up and records
 
     def __call__(self, *tensors):
-        self.stream = self.stream or torch.cuda.Stream(tensors[0].device)  # the one that records
-        here = torch.cuda.current_stream(tensors[0].device)
-        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        if self.shapes != shapes:
-            self.shapes, self.calls, self.graph = shapes, 0, None
-        if self.calls == 3:
-            self.inputs, self.graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(self.graph, stream=self.stream):
-                    self.result = self.function(*self.inputs)
-            except RuntimeError as error:
-                torch.cuda.set_stream(here)  # torch.cuda.graph may have failed to
-                self.graph = None  # and the memory that it holds
-                warnings.warn("steps are slower here, as CUDA cannot record them: "
-                              f"{error.__context__ or error}")
+        if self.calls == 0:
+            self.inputs = [tensor.clone() for tensor in tensors]
+        if any(fixed.shape != tensor.shape for fixed, tensor in zip(self.inputs, tensors)):
+            return self.function(*tensors)
         self.calls += 1
-        if self.graph:
-            for fixed, tensor in zip(self.inputs, tensors):
-                fixed.copy_(tensor)
-            self.graph.replay()
-            return self.result.clone()
+        if self.calls == 4:
+            self.record()
+        if self.graph is None:
+            return self.warm_up(tensors)
+        for fixed, tensor in zip(self.inputs, tensors):
+            fixed.copy_(tensor)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.result.items()}
+
+    def warm_up(self, tensors):
+        here = torch.cuda.current_stream()
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
             result = self.function(*tensors)
         here.wait_stream(self.stream)
         return result
 
-# ---- Training (Sec. 4 and 7.1) -------------------------------------------------------------------
+    def record(self):
+        here = torch.cuda.current_stream()
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.function(*self.inputs)
+        except RuntimeError as error:
+            self.graph = None
+            torch.cuda.set_stream(here)  # torch.cuda.graph may have failed to
+            torch.backends.cudnn.benchmark = False  # would free memory and fail (pytorch 180395)
+            warnings.warn("CUDA cannot record the step, so steps are slower: "
+                          f"{error.__context__ or error}", stacklevel=2)
 
-LOSSES = ("gan", "cycle", "identity", "D_X", "D_Y")
 
-def learning_rate(config, epoch):
-    """Adam's rate in an epoch counted from 0: constant, then linear to 1/101 in the last of 100."""
-    late = max(0, epoch + 1 - config.epochs) / (config.decay_epochs + 1)
-    return config.lr * max(0.0, 1 - late)
+# ---- Several processes, each with its share of a batch -------------------------------------------
 
-def update(adam, loss):
-    """One step of Adam; gradients are computed of its own parameters and of no others."""
-    parameters = adam.param_groups[0]["params"]
-    adam.zero_grad()
-    loss.backward(inputs=parameters)
-    average([parameter.grad for parameter in parameters])
-    adam.step()
 
-class CycleGAN(nn.Module):
-    """All that training changes: G, F, D_X, D_Y, a buffer for either D, an Adam for either pair.
+def rank_and_world_size():
+    """Of the processes that train together; (0, 1) for one alone."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
-    precision: "bf16" for networks under autocast, while weights, losses and Adam stay in float32;
-    "fp32"; or "auto", bf16 on a CUDA GPU that has it. After .double() all of it computes in
-    float64. `steps` counts the steps done.
-    """
 
-    def __init__(self, config, device="cpu", precision="auto"):
-        super().__init__()
-        kind = torch.device(device).type
-        self.config, self.precision, self.steps = config, pick(kind, precision)[1], 0
-        self.G, self.F = (Generator(config.width, config.blocks) for _ in "GF")
-        self.D_X, self.D_Y = (Discriminator(config.width) for _ in "XY")
-        self.buffer_X, self.buffer_Y = (ImageBuffer(config.buffer_size) for _ in "XY")
-        initialise(self, torch.Generator().manual_seed(config.seed))
-        self.to(device, memory_format=layout(device))
-        rate = torch.tensor(config.lr, device=device) if kind == "cuda" else config.lr
-        self.adam_G, self.adam_D = (
-            torch.optim.Adam([*a.parameters(), *b.parameters()], rate, (float(config.beta1), 0.999),
-                             fused=kind in ("cpu", "cuda"), capturable=kind == "cuda")
-            for a, b in ((self.G, self.F), (self.D_X, self.D_Y)))
-        self.networks = compiled((self.G, self.F, self.D_X, self.D_Y), device)
-        self.recording = Recording(self.updates)
-        self.register_load_state_dict_post_hook(  # buffers may be other tensors then
-            lambda *_: vars(self.recording).update(shapes=None))
+def exchange(buffer, images, draws):
+    """What a buffer shows for images. Every process has the same buffer, for the images of all."""
+    rank, world_size = rank_and_world_size()
+    if len(buffer.images) == 0:
+        return images
+    if world_size > 1:
+        everyones = [torch.empty_like(images.contiguous()) for _ in range(world_size)]
+        distributed.all_gather(everyones, images.contiguous())
+        images = torch.cat(everyones)
+    return buffer.exchange(images, draws).chunk(world_size)[rank]
 
-    def set_learning_rate(self, rate):
-        for adam in (self.adam_G, self.adam_D):
-            [group] = adam.param_groups  # on CUDA a tensor: a number would be recorded, and stay
-            group["lr"] = group["lr"].fill_(rate) if group["capturable"] else rate
 
-    def draws(self, images):
-        """Random numbers for both buffers, (2, N of all processes, 2), by the seed and the step."""
-        random = np.random.default_rng([self.config.seed, 0, self.steps])
-        shape = (2, len(images) * processes()[1], 2)
-        draws = random.random(shape, np.float32)  # rounded from 64 bits it could be 1
-        return send(torch.from_numpy(draws), images.device)
+def average(tensors):
+    """Replaces each tensor by its mean over all processes, with one reduction for all of them."""
+    world_size = rank_and_world_size()[1]
+    if world_size == 1:
+        return
+    in_memory = [t.as_strided((t.numel(),), (1,)) for t in tensors]  # a view in any layout
+    flat = torch.cat(in_memory)
+    distributed.all_reduce(flat)
+    flat /= world_size
+    for tensor, mean in zip(in_memory, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(mean)
 
-    def step(self, x, y):
-        """One update of G and F and one of D_X and D_Y (Eq. 3 and 4). Waits for no device.
 
-        x, y: (N, 3, H, W) in [-1, 1]. Returns detached 0-d tensors: "gan", "cycle" and "identity"
-        as they enter the sum, "D_X" and "D_Y" halved. Raises ValueError if x and y differ in shape.
-        Of several processes all must take it; they get the mean losses of all their pictures.
-        """
-        if x.shape != y.shape:
-            raise ValueError(f"x and y differ in shape: {tuple(x.shape)}, {tuple(y.shape)}")
-        recorded = x.device.type == "cuda" and processes()[1] == 1
-        losses = (self.recording if recorded else self.updates)(x, y, self.draws(x))
-        self.steps += 1
-        return dict(zip(LOSSES, losses.unbind()))
+def average_gradients(parameters):
+    average([p.grad for p in parameters if p.grad is not None])
 
-    def updates(self, x, y, draws):
-        """What `step` does on the device, with nothing that waits for it. Returns its losses."""
-        c, (G, F, D_X, D_Y), (draws_X, draws_Y) = self.config, self.networks, draws
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            fake_y, same_x, same_y = G(x), x, y  # same_... if there is no identity loss
-            if c.lambda_identity:
-                back_x, fake_x, same_x = together(F, fake_y, y, x)
-                back_y, same_y = together(G, fake_x, y)
-            else:
-                back_x, fake_x = together(F, fake_y, y)
-                back_y = G(fake_x)
-            gan = c.lambda_gan * (adversarial_loss(D_Y(fake_y), True, c.objective)
-                                  + adversarial_loss(D_X(fake_x), True, c.objective))
-            cycle = c.lambda_forward * L1(back_x, x) + c.lambda_backward * L1(back_y, y)
-            identity = c.lambda_identity * (c.lambda_backward * L1(same_y, y)
-                                            + c.lambda_forward * L1(same_x, x))
-            loss_X = discriminator_loss(D_X, x, fake_x, self.buffer_X, draws_X, c.objective)
-            loss_Y = discriminator_loss(D_Y, y, fake_y, self.buffer_Y, draws_Y, c.objective)
-        update(self.adam_G, gan + cycle + identity)
-        update(self.adam_D, loss_X + loss_Y)
-        losses = torch.stack([gan, cycle, identity, loss_X, loss_Y]).detach()
-        average([losses])
-        return losses
+
+def detach_and_average(losses):
+    """{name: loss} -> the same, detached, each its mean over all processes."""
+    losses = {name: loss.detach() for name, loss in losses.items()}
+    average(list(losses.values()))
+    return losses
+
 
 # ---- Files ---------------------------------------------------------------------------------------
 
+
 def write_file(path, chunks):
     """Writes bytes beside `path`, syncs, renames: the old file or the new. Raises UserError."""
-    part = path.with_name(path.name[-40:] + ".part")  # names have a longest length
+    part = path.with_name(f"{os.getpid()}-{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -453,81 +681,125 @@ def write_file(path, chunks):
         if os.path.exists(part):  # only after a failure
             part.unlink()
 
+
+def optimizers(model):
+    return model.engine.adam(model.G, model.F), model.engine.adam(model.D_X, model.D_Y)
+
+
 def save_checkpoint(path, model, place):
     """Writes the whole state of a CycleGAN to a file, with `place`, a dict of plain values."""
-    file, adams = io.BytesIO(), [a.state_dict()["state"] for a in (model.adam_G, model.adam_D)]
-    torch.save({"config": asdict(model.config), "precision": model.precision, "steps": model.steps,
-                "place": place, "model": model.state_dict(), "adams": adams}, file)
-    write_file(path, [file.getbuffer()])
+    state = {"config": asdict(model.config), "precision": model.engine.precision,
+             "steps": model.steps, "place": place, "model": model.state_dict(),
+             "adams": [adam.state_dict()["state"] for adam in optimizers(model)]}
+    file = io.BytesIO()
+    torch.save(state, file)
+    write_file(Path(path), [file.getbuffer()])
+
 
 def read_checkpoint(path):
     """The dict in a checkpoint: tensors and plain values; no code in it runs. Raises UserError."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise zipfile.BadZipFile  # a wrong checksum: torch.load looks at none
+            raise zipfile.BadZipFile  # a wrong checksum, at which torch.load does not look
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the sentences below say
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file makes the readers raise anything at all
-        raise UserError(f"{path} is damaged, or no checkpoint ({type(error).__name__})") from error
+        raise UserError(f"{path} is damaged or not a checkpoint "
+                        f"({type(error).__name__})") from error
 
-def load_checkpoint(path, device="cpu", saved=None):
-    """The (CycleGAN, place) in a file, or in `saved`, read from it before. Raises UserError."""
-    saved = read_checkpoint(path) if saved is None else saved
+
+def load_checkpoint(path, device="cpu"):
+    """The (CycleGAN, place) in a file of save_checkpoint.
+
+    Raises UserError if it is none, is damaged, or holds other networks than those of this file.
+    """
+    saved = read_checkpoint(path)
     try:
         model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
-        model.load_state_dict(saved["model"])
+        state, own = saved["model"], model.state_dict()
+        for key in ("buffer_X.images", "buffer_Y.images"):
+            if state[key].numel() == 0:  # as older files have them before the first step
+                state[key] = own[key]
+        if state.keys() != own.keys():
+            raise ValueError(f"it has other networks: {min(state.keys() ^ own.keys())}")
+        model.load_state_dict(state)
         model.steps = int(saved["steps"])
-        if not 0 <= model.steps < 2**48:
-            raise ValueError(f"{model.steps} steps")
-        for adam, state in zip((model.adam_G, model.adam_D), saved["adams"], strict=True):
-            adam.load_state_dict({**adam.state_dict(), "state": state})  # its settings are ours
-            for parameter, moments in adam.state.items():  # of another shape they would crash it
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if moments[name].shape != parameter.shape or moments["step"].numel() != 1:
-                        raise ValueError(f"{name} is of no parameter")
-                    moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        return model, saved["place"]
-    except torch.OutOfMemoryError:  # a RuntimeError, too
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
-            RuntimeError) as error:
-        raise UserError(f"{path} is no checkpoint of a run ({error})") from error
+        for adam, moments in zip(optimizers(model), saved["adams"], strict=True):
+            load_moments(adam, moments, model)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
+    return model, saved["place"]
+
+
+def load_moments(adam, state, model):
+    """Puts saved moments into an Adam that is otherwise as it was made."""
+    parameters = adam.param_groups[0]["params"]
+    if model.steps > 0 and len(state) != len(parameters):
+        raise ValueError("it lacks moments of Adam")
+    adam.load_state_dict({**adam.state_dict(), "state": state})
+    adam.param_groups[0]["lr"] = model.engine.lr  # the tensor itself; load_state_dict copied it
+    for parameter, moments in adam.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[name].shape != parameter.shape:  # the fused Adam would write past its end
+                raise ValueError(f"{name} has the shape of no parameter")
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
 
 def load_generator(path, direction="AtoB", device="cpu"):
-    """G ("AtoB") or F ("BtoA") from a run's folder or checkpoint, in eval mode.
+    """G ("AtoB") or F ("BtoA") of a run's folder or checkpoint: in eval mode, without gradients.
 
-    The authors' files will do: one such as 200_net_G_B.pth, taken for what it is, or a folder with
-    the latest_net_G_A.pth and _B.pth or those of epochs, of which the direction picks one, or with
-    latest_net_G.pth. Blocks and width follow from the weights. Raises UserError naming the file.
+    The authors' files will do, too: one such as 200_net_G_B.pth, taken for what it is, or a
+    folder with latest_net_G_A.pth and _B.pth or those of epochs, of which the direction picks
+    one, or with latest_net_G.pth. Blocks and width follow from the weights. `.config` of what is
+    returned is the run's Config, None for the authors' files. Raises UserError naming the file.
     """
-    path, name = Path(path), f"net_G_{direction[0]}.pth"
-    if path.is_dir():
-        files = [path / "latest.pt", path / f"latest_{name}", path / "latest_net_G.pth",
-                 *sorted(path.glob(f"*_{name}"), key=lambda f: (len(f.name), f.name), reverse=True)]
-        path = next((file for file in files if file.is_file()), files[0])
-    saved, weights = read_checkpoint(path), {}
-    ours = ("G." if direction == "AtoB" else "F.") if "model" in saved else ""
+    path = find_generator(Path(path), direction)
+    saved = read_checkpoint(path)
+    config = None
     try:
-        for key, value in saved.get("model", saved).items():
-            if key.startswith(ours):
-                key = key.replace("_orig_mod.", "").removeprefix("module.").removeprefix(ours)
-                weights[key.replace("conv_block.6.", "conv_block.5.")] = value  # 6: after a dropout
-        for sign, kind in ((".filt", "an antialiased"), ("model.model.", "a U-Net")):
-            if any(sign in key for key in weights):
-                raise UserError(f"it is {kind} network's")
+        if "model" in saved:
+            config, prefix = Config(**saved["config"]), "G." if direction == "AtoB" else "F."
+            saved = {key.removeprefix(prefix): value for key, value in saved["model"].items()
+                     if key.startswith(prefix)}
+        weights = {plain_key(key): value for key, value in saved.items()}
         blocks = sum(key.endswith("conv_block.1.weight") for key in weights)
         generator = Generator(len(weights["model.1.weight"]), blocks)
-        wanted = generator.state_dict()
-        for key in weights.keys() - wanted.keys():  # statistics and biases without effect may go
-            if not key.endswith((".bias", ".running_mean", ".running_var", ".num_batches_tracked")):
-                raise UserError(f"it has {key} besides")
-        generator.load_state_dict({key: weights[key] for key in wanted})
+        missing, others = generator.load_state_dict(weights, strict=False)
+        without_effect = (".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+        others = [key for key in others if not key.endswith(without_effect)]
+        if missing or others:
+            raise ValueError(f"it lacks {missing} and has {others} besides")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({error})") from error
-    return generator.to(device, memory_format=layout(device)).eval()
+    generator.config = config
+    device = torch.device(device)
+    generator.to(device, memory_format=memory_format(device))
+    return generator.eval().requires_grad_(False)
+
+
+def find_generator(path, direction):
+    """The file for a direction, if the path is a folder; the latest of the authors' epochs."""
+    if not path.is_dir():
+        return path
+    name = f"net_G_{direction[0]}.pth"
+    epochs = sorted(path.glob(f"*_{name}"), key=lambda file: (len(file.name), file.name))
+    files = [path / "latest.pt", path / f"latest_{name}", path / "latest_net_G.pth", *epochs[::-1]]
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def plain_key(key):
+    """A key of the authors' files as Generator has it."""
+    for sign, kind in ((".filt", "an antialiased"), ("model.model.", "a U-Net")):
+        if sign in key:
+            raise ValueError(f"it is {kind} network's")
+    key = key.replace("_orig_mod.", "").removeprefix("module.")
+    return key.replace("conv_block.6.", "conv_block.5.")  # 6: after a dropout
+
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
@@ -535,8 +807,10 @@ SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga 
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
 
+
 def find_pictures(folder):
     """Pictures under a folder, sorted; none hidden, none in a run's folder. Raises UserError."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     runs = {path.parent for path in folder.rglob("latest.pt")}
@@ -544,8 +818,9 @@ def find_pictures(folder):
                    and "/." not in f"/{path.relative_to(folder).as_posix()}"
                    and runs.isdisjoint(path.parents) and (path.is_file() or path.is_symlink()))
     if not paths:
-        raise UserError(f"the folder {folder} holds no picture ({SUFFIXES})")
+        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES})")
     return paths
+
 
 def read_picture(path, side=None):
     """A picture of any mode that Pillow opens -> (H, W, 3) uint8; with `side`, resized to a square.
@@ -555,72 +830,71 @@ def read_picture(path, side=None):
     """
     try:
         if not os.path.isfile(path):  # a pipe would never end
-            raise UserError("it is no file")
+            raise UserError("it is not a file")
         with Image.open(path) as image:
             if image.format not in FORMATS.split():
                 raise UserError(f"{image.format} is none of {FORMATS}")
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-                raise UserError(f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels")
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # greys of 16 bits, or of 32, for which no white is agreed
-                grey = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-                white = max(65535 if image.mode[0] == "I" else 1, grey.max())
-                image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            return np.asarray(image.resize((side, side), Image.BICUBIC) if side else image)
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:
+                raise UserError(f"more than Pillow's limit of {limit} pixels")
+            image = to_rgb(ImageOps.exif_transpose(image))
+            return np.array(image.resize((side, side), Image.BICUBIC) if side else image)
     except Exception as error:  # a damaged file makes the decoders raise anything at all
         raise UserError(f"cannot read {path}: {error}") from error
 
-def send(tensor, device):
-    """A CPU tensor on a device; to CUDA it goes from pinned memory, so that nothing waits."""
-    cuda = torch.device(device).type == "cuda"
-    return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
-def layout(device):
-    """How images lie in memory: channels last on CUDA, whose convolutions want that, else NCHW."""
-    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+def to_rgb(image):
+    """A Pillow image of any mode -> RGB."""
+    if image.mode[0] in "IF":  # greys of 16 bits, or of 32, for which no white is agreed
+        grey = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+        white = max(65535 if image.mode[0] == "I" else 1, grey.max())
+        image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
 
 def to_tensor(pictures, device="cpu"):
-    """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1]; bytes are what travels.
+    """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1], sent as bytes."""
+    device = torch.device(device)
+    pictures = torch.from_numpy(np.array(pictures, np.uint8, order="C"))
+    images = to_device(pictures, device).permute(0, 3, 1, 2).float()
+    return images.contiguous(memory_format=memory_format(device)) / 127.5 - 1
 
-    H and W grow, by reflection, to the next multiples of 4 that are at least 8.
-    """
-    below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
-    if below or right:
-        pictures = np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
-    images = send(torch.from_numpy(pictures), device).permute(0, 3, 1, 2)
-    return images.float().contiguous(memory_format=layout(device)) / 127.5 - 1
 
 def to_pictures(images):
     """(N, 3, H, W) tensor in [-1, 1] -> (N, H, W, 3) uint8 array, rounded to the nearest."""
     levels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round()
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
+
+def pad_to_multiple_of_4(pictures):
+    """(N, H, W, 3): H and W padded by reflection to the next multiples of 4 that are at least 8."""
+    below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
+    return np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
+
+
 @torch.no_grad()
 def translate(generator, pictures, precision="fp32"):
-    """(N, H, W, 3) uint8, of any size -> the same shape, through a generator."""
-    device, (height, width) = next(generator.parameters()).device, pictures.shape[1:3]
+    """(H, W, 3) or (N, H, W, 3) uint8, of any size -> the same shape, through a generator.
+
+    Raises ValueError for other arrays.
+    """
+    pictures = np.asarray(pictures)
+    if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[-1] != 3:
+        raise ValueError("pictures must be uint8 arrays (H, W, 3) or (N, H, W, 3), not "
+                         f"{pictures.dtype} {pictures.shape}")
+    batch = pictures if pictures.ndim == 4 else pictures[None]
+    height, width = batch.shape[1:3]
+    device = next(generator.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        images = generator(to_tensor(pictures, device))
-    return to_pictures(images)[:, :height, :width]
+        images = generator(to_tensor(pad_to_multiple_of_4(batch), device))
+    return to_pictures(images)[:, :height, :width].reshape(pictures.shape)
+
 
 def png(picture, **more):
     """(H, W, 3) uint8 -> the bytes of a PNG file; `more` is for Pillow."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG", **more)
     return file.getvalue()
-
-def pick(device, precision="auto"):
-    """(torch.device, precision); "auto" is CUDA, and bf16 where native. Raises UserError."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = "cuda" if there["cuda"] else "cpu"
-    if not there.get(device, True):
-        raise UserError(f"--device {device}: PyTorch finds none on this machine; try --device cpu")
-    if precision == "auto":
-        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
-    return torch.device(device), precision

@@ -1,15 +1,15 @@
-"""What must stay true of cyclegan.py, train.py and translate.py.
+"""What must stay true of cyclegan.py, train.py and translate.py. The method comes first.
 
     python -m pytest              all of it, about two minutes on two CPU cores
-    python test_cyclegan.py       a benchmark: the fused step against the literal one
+    python test_cyclegan.py       a benchmark: our step against the literal one
 """
 
-import contextlib
 import copy
 import functools
 import gc
+import inspect
 import math
-import operator
+import multiprocessing
 import os
 import re
 import resource
@@ -19,7 +19,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -37,14 +39,43 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 import cyclegan
 import train
 import translate
-from cyclegan import (Config, CycleGAN, Discriminator, Generator, ImageBuffer, UserError,
-                      adversarial_loss, layout, learning_rate, load_checkpoint, load_generator,
-                      read_picture, save_checkpoint, to_pictures, to_tensor)
+from cyclegan import (
+    FAKE,
+    REAL,
+    Config,
+    CycleGAN,
+    Discriminator,
+    Generator,
+    ImageBuffer,
+    UserError,
+    adversarial_loss,
+    learning_rate,
+    load_checkpoint,
+    load_generator,
+    read_picture,
+    save_checkpoint,
+    to_pictures,
+    to_tensor,
+)
 
 HERE = Path(__file__).resolve().parent
-TINY = dict(image_size=32, load_size=36, width=4, blocks=2)
+TINY = {"image_size": 32, "load_size": 36, "width": 4, "blocks": 2}
 
-# ---- The literal twin: the step as the authors' code takes it, with no fusion --------------------
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    """Uniform on [-1, 1]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+def image(seed=0):
+    """One of the size of TINY, as training sees it."""
+    return noise(1, 3, 32, 32, seed=seed, dtype=torch.float32)
+
+
+# ==== The method ==================================================================================
+
+# ---- The literal twin: networks and step as the authors' code has them, with nothing fused -------
+
 
 def twin_generator(width, blocks, dropout=False, statistics=False):
     """The authors' ResnetGenerator: stock layers, a bias everywhere, ReLU in place.
@@ -73,6 +104,7 @@ def twin_generator(width, blocks, dropout=False, statistics=False):
         layers += [nn.ConvTranspose2d(k, k // 2, 3, 2, 1, 1), norm(k // 2), nn.ReLU(True)]
     return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(w, 3, 7), nn.Tanh())
 
+
 def twin_discriminator(width):
     """The authors' NLayerDiscriminator with three layers."""
     layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2, True)]
@@ -81,34 +113,65 @@ def twin_discriminator(width):
                    nn.LeakyReLU(0.2, True)]
     return nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
 
-class Twin:
-    """Six generator and six discriminator calls, gradients toggled, pictures pooled in a list."""
 
-    def __init__(self, config, model):
-        self.config, device = config, next(model.parameters()).device
-        self.networks = {}
+class Twin:
+    """The step as one would write it down: six generator and six discriminator calls."""
+
+    def __init__(self, model):
+        self.config, device = model.config, next(model.parameters()).device
         for name in ("G", "F", "D_X", "D_Y"):
             ours = getattr(model, name)
-            twin = (twin_generator(config.width, config.blocks) if name in "GF"
-                    else twin_discriminator(config.width)).to(device, next(ours.parameters()).dtype)
+            twin = (twin_generator(self.config.width, self.config.blocks) if name in "GF"
+                    else twin_discriminator(self.config.width))
+            twin.to(device, next(ours.parameters()).dtype)
             for parameter in twin.parameters():
                 nn.init.zeros_(parameter)
             for key, value in ours.model.state_dict().items():
                 twin.state_dict()[key].copy_(value)
-            self.networks[name] = twin
-        betas = (config.beta1, 0.999)
-        self.adam_G, self.adam_D = (
-            torch.optim.Adam([*self.networks[a].parameters(), *self.networks[b].parameters()],
-                             config.lr, betas) for a, b in (("G", "F"), ("D_X", "D_Y")))
-        self.pools = {"X": [], "Y": []}
+            setattr(self, name, twin)
+        betas = (self.config.beta1, 0.999)
+        self.adam_GF = torch.optim.Adam(
+            [*self.G.parameters(), *self.F.parameters()], self.config.lr, betas)
+        self.adam_D = torch.optim.Adam(
+            [*self.D_X.parameters(), *self.D_Y.parameters()], self.config.lr, betas)
+        self.pool_X, self.pool_Y = [], []
+
+    def step(self, x, y, draws):
+        c, l1 = self.config, nn.L1Loss()
+        G, F, D_X, D_Y = self.G, self.F, self.D_X, self.D_Y
+
+        # G and F
+        fake_y = G(x)
+        back_x = F(fake_y)
+        fake_x = F(y)
+        back_y = G(fake_x)
+        gan = c.lambda_gan * (self.gan(D_Y(fake_y), True) + self.gan(D_X(fake_x), True))
+        cycle = c.lambda_forward * l1(back_x, x) + c.lambda_backward * l1(back_y, y)
+        identity = 0 * cycle
+        if c.lambda_identity:
+            identity = c.lambda_identity * c.lambda_backward * l1(G(y), y)
+            identity = identity + c.lambda_identity * c.lambda_forward * l1(F(x), x)
+        self.adam_GF.zero_grad()
+        (gan + cycle + identity).backward()
+        self.adam_GF.step()
+
+        # D_X and D_Y
+        shown_x = self.shown(self.pool_X, fake_x.detach(), draws[0])
+        shown_y = self.shown(self.pool_Y, fake_y.detach(), draws[1])
+        loss_X = (self.gan(D_X(x), True) + self.gan(D_X(shown_x), False)) * 0.5
+        loss_Y = (self.gan(D_Y(y), True) + self.gan(D_Y(shown_y), False)) * 0.5
+        self.adam_D.zero_grad()  # of what went through them above, too
+        (loss_X + loss_Y).backward()
+        self.adam_D.step()
+        return {"gan": gan, "cycle": cycle, "identity": identity, "D_X": loss_X, "D_Y": loss_Y}
 
     def gan(self, scores, real):
-        target = torch.tensor(float(real), device=scores.device,
-                              dtype=scores.dtype).expand_as(scores)
+        target = torch.full_like(scores, float(real))
         criterion = nn.MSELoss() if self.config.objective == "lsgan" else nn.BCEWithLogitsLoss()
         return criterion(scores, target)
 
-    def pooled(self, pool, images, draws):
+    def shown(self, pool, images, draws):
+        """The authors' ImagePool, with its random numbers given."""
         size, result = self.config.buffer_size, []
         for image, (place, swap) in zip(images, draws.tolist()):
             if size == 0:
@@ -123,58 +186,69 @@ class Twin:
                 result.append(image)
         return torch.stack(result)
 
-    def step(self, x, y, draws):
-        c, l1 = self.config, nn.L1Loss()
-        G, F, D_X, D_Y = (self.networks[name] for name in ("G", "F", "D_X", "D_Y"))
-        fake_y = G(x)
-        back_x = F(fake_y)
-        fake_x = F(y)
-        back_y = G(fake_x)
 
-        for D in (D_X, D_Y):
-            D.requires_grad_(False)
-        self.adam_G.zero_grad()
-        gan = c.lambda_gan * self.gan(D_Y(fake_y), True)
-        gan = gan + c.lambda_gan * self.gan(D_X(fake_x), True)
-        cycle = c.lambda_forward * l1(back_x, x) + c.lambda_backward * l1(back_y, y)
-        identity = 0 * cycle
-        if c.lambda_identity:
-            identity = c.lambda_identity * c.lambda_backward * l1(G(y), y)
-            identity = identity + c.lambda_identity * c.lambda_forward * l1(F(x), x)
-        self.losses = {"gan": gan, "cycle": cycle, "identity": identity}
-        loss = gan + cycle + identity
-        loss.backward()
-        self.adam_G.step()
+STEPS = {
+    "as in the paper": {}, "no identity": {"lambda_identity": 0.0},
+    "log likelihood": {"objective": "log"},
+    "log, no identity": {"objective": "log", "lambda_identity": 0.0},
+    "no buffer": {"buffer_size": 0},
+    "forward cycle only": {"lambda_backward": 0.0, "lambda_identity": 0.0},
+    "forward cycle and its identity": {"lambda_backward": 0.0},
+    "backward cycle only": {"lambda_forward": 0.0, "lambda_identity": 0.0},
+    "backward cycle and its identity": {"lambda_forward": 0.0},
+    "cycle and identity": {"lambda_gan": 0.0},
+    "GAN alone": {"lambda_forward": 0.0, "lambda_backward": 0.0, "lambda_identity": 0.0},
+    "cycle alone": {"lambda_gan": 0.0, "lambda_identity": 0.0},
+    "unequal weights": {"lambda_gan": 2.0, "lambda_forward": 7.0, "lambda_backward": 3.0,
+                        "beta1": 0.3}}
 
-        for D in (D_X, D_Y):
-            D.requires_grad_(True)
-        self.adam_D.zero_grad()
-        for D, real, fake, pool, draw in ((D_Y, y, fake_y, "Y", draws[1]),
-                                          (D_X, x, fake_x, "X", draws[0])):
-            fake = self.pooled(self.pools[pool], fake.detach(), draw)
-            loss_D = (self.gan(D(real), True) + self.gan(D(fake), False)) * 0.5
-            loss_D.backward()
-            self.losses[f"D_{pool}"] = loss_D
-        self.adam_D.step()
-        return loss
 
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("setting", STEPS.values(), ids=STEPS.keys())
+def test_step_equals_the_literal_twin(setting, batch_size):
+    model = CycleGAN(Config(**{**TINY, "buffer_size": 2, **setting})).double()
+    twin = Twin(model)
+    for k in range(4):
+        x, y = noise(batch_size, 3, 32, 32, seed=k), noise(batch_size, 3, 32, 32, seed=k + 9)
+        expected = twin.step(x, y, cyclegan.buffer_draws(0, k, x))
+        losses = model.step(x, y)
+        assert losses.keys() == expected.keys()
+        for name, loss in losses.items():
+            assert abs(loss - expected[name]) <= 1e-12 * loss, name
+            assert loss.shape == () and not loss.requires_grad
+    for name in ("G", "F", "D_X", "D_Y"):
+        for key, value in getattr(model, name).model.state_dict().items():
+            assert (value - getattr(twin, name).state_dict()[key]).abs().max() < 1e-12, (name, key)
+    assert model.steps == 4
 
-def image(seed=0):
-    """One of the size of TINY, as training sees it."""
-    return noise(1, 3, 32, 32, seed=seed, dtype=torch.float32)
+
+def test_minimise_computes_and_changes_nothing_of_the_other_networks():
+    model = CycleGAN(Config(**TINY))
+    model.step(image(0), image(1))
+    before = [p.clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+    loss = model.D_Y(model.G(image())).square().mean() + model.D_X(model.F(image())).mean()
+    cyclegan.minimise(loss, model.engine.adam(model.G, model.F))
+    for network, moved in ((model.G, True), (model.F, True), (model.D_X, False),
+                           (model.D_Y, False)):
+        assert all((p.grad is not None) == moved for p in network.parameters())
+    changed = [not torch.equal(p, q) for p, q in zip(before, model.parameters())]
+    assert sum(changed) == len([*model.G.parameters(), *model.F.parameters()])
+
 
 # ---- Networks ------------------------------------------------------------------------------------
 
+
 def layers_of(network, size):
     """(channels, side) behind every layer that changes them."""
-    shapes, h = [(3, size)], torch.zeros(1, 3, size, size)
+    shapes, h = [], torch.zeros(1, 3, size, size)
     for layer in network.model:
         h = layer(h)
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, cyclegan.R)):
             shapes.append((h.shape[1], h.shape[2]))
-    return shapes[1:]
+    return shapes
+
 
 def test_layers_are_those_of_section_7_2():
     down, up = [(64, 256), (128, 128), (256, 64)], [(128, 128), (64, 256), (3, 256)]
@@ -182,6 +256,7 @@ def test_layers_are_those_of_section_7_2():
     down, up = [(64, 128), (128, 64), (256, 32)], [(128, 64), (64, 128), (3, 128)]
     assert layers_of(Generator(64, 6), 128) == down + 6 * [(256, 32)] + up
     assert layers_of(Discriminator(), 256) == [(64, 128), (128, 64), (256, 32), (512, 31), (1, 30)]
+
 
 @pytest.mark.parametrize("ours, twin", [
     (Generator(4, 6), twin_generator(4, 6)), (Generator(3, 9), twin_generator(3, 9)),
@@ -199,18 +274,22 @@ def test_networks_compute_what_the_authors_networks_do(ours, twin):
     images = noise(2, 3, 64, 48)
     assert (ours(images) - twin(images)).abs().max() < 1e-9  # values inside reach 10^4
 
+
 AUTHORS_STEMS = {f"model.{i}" for i in (1, 4, 7, 19, 22, 26)} | {
     f"model.{b}.conv_block.{i}" for b in range(10, 19) for i in (1, 5)}
+
 
 def test_state_dict_has_the_authors_keys():
     def stems(network):
         return {key.rsplit(".", 1)[0] for key in network.state_dict()}
+
     assert stems(Generator()) == AUTHORS_STEMS
     assert stems(Discriminator()) == {f"model.{i}" for i in (0, 2, 5, 8, 11)}
     # The paper's counts less the biases before a norm, of which each block has 512.
     count = [sum(p.numel() for p in n.parameters())
              for n in (Generator(), Generator(64, 6), Discriminator())]
     assert count == [11_378_179 - 5_248, 7_837_699 - 5_248 + 3 * 512, 2_764_737 - 896]
+
 
 def test_receptive_field_is_70():
     D = Discriminator(4)
@@ -222,10 +301,15 @@ def test_receptive_field_is_70():
     seen = images.grad[0].abs().sum(0).nonzero()
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
 
-def test_generator_keeps_size_range_and_type():
+
+def test_generator_keeps_size_and_range_and_refuses_sizes_it_would_change():
     for height, width in ((256, 256), (8, 12), (100, 64)):
         out = Generator(2, 1)(100 * noise(1, 3, height, width, dtype=torch.float32))
         assert out.shape == (1, 3, height, width) and out.abs().max() <= 1
+    for height, width in ((250, 256), (256, 250), (4, 8)):
+        with pytest.raises(ValueError, match=f"multiples of 4.*{height} x {width}"):
+            Generator(2, 1)(torch.zeros(1, 3, height, width))
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_norm_is_the_same_in_either_layout_with_statistics_in_float32_at_least(dtype):
@@ -238,6 +322,19 @@ def test_norm_is_the_same_in_either_layout_with_statistics_in_float32_at_least(d
         normed = cyclegan.InstanceNorm()(h.contiguous(memory_format=layout))
         assert normed.dtype == dtype and normed.is_contiguous(memory_format=layout)
         assert (normed.double() - exact).abs().max() <= tolerance
+
+
+def test_padding_is_pytorchs_and_keeps_the_layout_both_ways():
+    ours, stock, g = cyclegan.ReflectionPad(3), nn.ReflectionPad2d(3), noise(2, 5, 14, 12, seed=1)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        h, k = (noise(2, 5, 8, 6).contiguous(memory_format=layout).requires_grad_() for _ in "hk")
+        padded, expected = ours(h), stock(k)
+        assert torch.equal(padded, expected) and padded.is_contiguous(memory_format=layout)
+        padded.backward(g.contiguous(memory_format=layout))
+        expected.backward(g)
+        assert (h.grad - k.grad).abs().max() < 1e-12  # sums in another order
+        assert h.grad.is_contiguous(memory_format=layout)
+
 
 def test_channels_last_holds_from_the_first_layer_to_the_last():
     # Fake tensors know, without a GPU, how each operation on CUDA lays out its result; all but
@@ -265,11 +362,10 @@ def test_channels_last_holds_from_the_first_layer_to_the_last():
             network(torch.cat([on_cuda(1, 3, 64, 64), on_cuda(1, 3, 64, 64)]))
     for network in (Generator(8, 2), Discriminator(8)):
         network.to(memory_format=cl)
-        for layer in network.modules():
-            layer.register_forward_hook(lambda layer, _, h: keeps(nn.Identity(), None, h))
         network(noise(2, 3, 64, 64, dtype=torch.float32).to(memory_format=cl)).sum().backward()
         for name, parameter in network.named_parameters():
             assert parameter.ndim == 1 or parameter.grad.is_contiguous(memory_format=cl), name
+
 
 def test_weights_start_from_a_normal_of_2_percent():
     a, b, c = CycleGAN(Config(**TINY)), CycleGAN(Config(**TINY)), CycleGAN(Config(**TINY, seed=1))
@@ -284,87 +380,238 @@ def test_weights_start_from_a_normal_of_2_percent():
                 assert abs(parameter.std().item() / 0.02 - 1) < 0.03
                 assert abs(parameter.mean()) < 1e-3
 
+
 # ---- Losses --------------------------------------------------------------------------------------
 
-def test_losses_against_numpy():
+
+def test_adversarial_loss_against_numpy():
     scores = noise(2, 1, 5, 4) * 3
     s = scores.numpy()
     D = 1 / (1 + np.exp(-s))
-    expected = {("lsgan", True): np.mean((s - 1) ** 2), ("lsgan", False): np.mean(s ** 2),
-                ("log", True): -np.mean(np.log(D)), ("log", False): -np.mean(np.log(1 - D))}
-    for (objective, real), value in expected.items():
-        assert abs(adversarial_loss(scores, real, objective).item() - value) < 1e-12
-    a, b = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
-    assert abs(cyclegan.L1(a, b).item() - np.mean(np.abs(a.numpy() - b.numpy()))) < 1e-12
+    expected = {("lsgan", REAL): np.mean((s - 1) ** 2), ("lsgan", FAKE): np.mean(s ** 2),
+                ("log", REAL): -np.mean(np.log(D)), ("log", FAKE): -np.mean(np.log(1 - D))}
+    for (objective, target), value in expected.items():
+        assert abs(adversarial_loss(scores, target, objective).item() - value) < 1e-12
     for s in (-1e4, 1e4):  # the logarithm of a sigmoid overflows here, the loss must not
-        assert adversarial_loss(torch.tensor([s]), True, "log").item() == max(0, -s)
+        assert adversarial_loss(torch.tensor([s]), REAL, "log").item() == max(0, -s)
+    per_patch = torch.tensor([[2.0, 0.0]])  # on average 1, yet each patch is wrong
+    assert adversarial_loss(per_patch, REAL) == 1 and adversarial_loss(per_patch, FAKE) == 2
 
-def test_losses_are_taken_per_patch_not_of_the_mean_score():
-    scores = torch.tensor([[2.0, 0.0]])  # on average 1, yet each patch is wrong
-    assert adversarial_loss(scores, True, "lsgan") == 1
-    assert adversarial_loss(scores, False, "lsgan") == 2
 
-def test_discriminator_loss_is_halved():
-    class D(nn.Module):
-        def forward(self, images):
-            return images[:, :1] * 0 + images.mean((1, 2, 3), keepdim=True)
-    real, fake = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 0.25)
-    loss = cyclegan.discriminator_loss(D(), real, fake, ImageBuffer(0), None, "lsgan")
-    assert loss == (0.5 ** 2 + 0.25 ** 2) / 2
+def test_cycle_and_identity_loss_against_numpy():
+    x, y, of_x, of_y = (noise(2, 3, 4, 4, seed=k) for k in range(4))
+    forward = np.mean(np.abs(of_x.numpy() - x.numpy()))
+    backward = np.mean(np.abs(of_y.numpy() - y.numpy()))
+    for loss in (cyclegan.cycle_loss, cyclegan.identity_loss):
+        assert abs(loss(x, y, of_x, of_y) - (forward + backward)) < 1e-12
+        assert abs(loss(x, y, of_x, of_y, 7.0, 3.0) - (7 * forward + 3 * backward)) < 1e-12
 
-# ---- The step ------------------------------------------------------------------------------------
 
-STEPS = {
-    "as in the paper": {}, "no identity": dict(lambda_identity=0.0),
-    "log likelihood": dict(objective="log"),
-    "log, no identity": dict(objective="log", lambda_identity=0.0),
-    "no buffer": dict(buffer_size=0),
-    "forward cycle only": dict(lambda_backward=0.0, lambda_identity=0.0),
-    "forward cycle and its identity": dict(lambda_backward=0.0),
-    "backward cycle only": dict(lambda_forward=0.0, lambda_identity=0.0),
-    "backward cycle and its identity": dict(lambda_forward=0.0),
-    "cycle and identity": dict(lambda_gan=0.0),
-    "GAN alone": dict(lambda_forward=0.0, lambda_backward=0.0, lambda_identity=0.0),
-    "cycle alone": dict(lambda_gan=0.0, lambda_identity=0.0),
-    "unequal weights": dict(lambda_gan=2.0, lambda_forward=7.0, lambda_backward=3.0, beta1=0.3)}
+def test_discriminator_loss_against_numpy():
+    def D(images):
+        return 3 * images[:, :1]
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+    real, fake = noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
+    r, f = 3 * real.numpy()[:, :1], 3 * fake.numpy()[:, :1]
+    squares = (np.mean((r - 1) ** 2) + np.mean(f ** 2)) / 2
+    logs = (np.mean(np.log(1 + np.exp(-r))) + np.mean(np.log(1 + np.exp(f)))) / 2
+    assert abs(cyclegan.discriminator_loss(D, real, fake) - squares) < 1e-12
+    assert abs(cyclegan.discriminator_loss(D, real, fake, "log") - logs) < 1e-12
+
+
+# ---- The image buffer and the schedule -----------------------------------------------------------
+
+
+def test_buffer_by_hand():
+    buffer = ImageBuffer(2, 2)
+
+    def exchange(values, draws):
+        images = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        out = buffer.exchange(images, torch.tensor(draws))
+        assert out.shape == images.shape
+        return out[:, 0, 0, 0].tolist(), buffer.images[:, 0, 0, 0].tolist()
+
+    keep = [0.9, 0.1]  # (place, coin): ignored while the buffer fills
+    assert exchange([1.0], [keep]) == ([1], [1, 0])
+    assert exchange([2.0], [keep]) == ([2], [1, 2])
+    assert exchange([3.0], [[0.6, 0.5]]) == ([3], [1, 2])  # a coin from 1/2 on: itself
+    assert exchange([4.0], [[0.6, 0.49]]) == ([2], [1, 4])  # else the old one at 0.6 * 2
+    assert exchange([5.0, 6.0], [[0.0, 0.0], [0.0, 0.0]]) == ([1, 5], [6, 4])  # one after another
+    assert exchange([7.0], [[1 - 2**-24, 0.0]]) == ([4], [6, 7])  # the largest float32 below 1
+
+
+def test_buffer_fills_then_swaps_half_of_the_time_and_shares_no_memory():
+    buffer, swapped = ImageBuffer(50, 2), 0
+    for k in range(2050):
+        new = torch.full((1, 3, 2, 2), float(k))
+        out = buffer.exchange(new, cyclegan.buffer_draws(0, k, new)[0])
+        assert out.data_ptr() != buffer.images.data_ptr()
+        new.fill_(-1)  # what is stored is a copy
+        swapped += out[0, 0, 0, 0].item() != k
+        if k < 50:
+            assert swapped == 0
+    assert abs(swapped / 2000 - 0.5) < 0.05  # 4.5 standard errors
+    assert len(set(buffer.images[:, 0, 0, 0].tolist())) == 50 and buffer.images.min() >= 0
+
+
+def test_draws_differ_by_step_and_seed_and_domain():
+    def draws(seed, step, n=3):
+        return cyclegan.buffer_draws(seed, step, torch.zeros(n, 1))
+
+    values = [v for seed, step in ((0, 0), (0, 1), (1, 0)) for v in draws(seed, step).flatten()]
+    assert len({float(v) for v in values}) == 36 and torch.equal(draws(0, 1), draws(0, 1))
+    scaled = draws(0, 0, 1000) * 2**24
+    assert (scaled == scaled.round()).all()  # of 24 bits: never rounded, so never up to 1
+
+
+def test_learning_rate():
+    config = Config()
+    for epoch, rate in {0: 2e-4, 99: 2e-4, 100: 2e-4 * 100 / 101, 199: 2e-4 / 101}.items():
+        assert abs(learning_rate(config, epoch) - rate) < 1e-18
+    assert learning_rate(config, 1000) == 0
+    assert learning_rate(Config(decay_epochs=0), 99) == 2e-4
+
+
+def test_the_rate_that_is_set_is_adams():
+    models = [CycleGAN(Config(**TINY)).double(), CycleGAN(Config(**TINY, lr=3e-4)).double()]
+    models[0].set_learning_rate(3e-4)  # before there is an Adam
+    for _ in range(2):
+        for model in models:
+            model.step(noise(1, 3, 32, 32), noise(1, 3, 32, 32, seed=1))
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters()))
+    models[0].set_learning_rate(0.0)  # and after
+    before = [p.clone() for p in models[0].parameters()]
+    models[0].step(noise(1, 3, 32, 32), noise(1, 3, 32, 32))
+    assert all(torch.equal(p, q) for p, q in zip(before, models[0].parameters()))
+
+
+# ==== Using it from Python ========================================================================
+
+
+@pytest.mark.parametrize("field, value", [
+    ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
+    ("lambda_identity", -0.5), ("lambda_forward", math.nan), ("objective", "wgan"),
+    ("batch_size", 0), ("lr", 0.0), ("lr", math.inf), ("lr", -1e-4), ("beta1", 1.0), ("width", 0),
+    ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5), ("seed", "x"), ("seed", 2**64)])
+def test_impossible_settings_are_refused_by_name(field, value):
+    with pytest.raises(UserError, match=f"^{field} .*{re.escape(repr(value))}"):
+        Config(**{field: value})
+
+
+def test_what_is_left_out_of_a_config_follows_from_the_image_size():
+    for size, load_size, blocks in ((64, 72, 6), (128, 143, 6), (256, 286, 9), (512, 572, 9)):
+        config = Config(image_size=size)
+        assert (config.load_size, config.blocks) == (load_size, blocks)
+    assert Config(image_size=64, load_size=64, blocks=0).load_size == 64
+
+
+def test_step_refuses_other_shapes_in_words():
+    model = CycleGAN(Config(**TINY))
+    good = torch.zeros(2, 3, 32, 32)
+    for x, y in ((good, good[:1]), (good[:, :, :28], good[:, :, :28]), (good[0], good[0]),
+                 (good[:, :1], good[:, :1]), (good[:0], good[:0])):
+        with pytest.raises(ValueError, match=r"must both be \(N, 3, 32, 32\)"):
+            model.step(x, y)
+    assert model.steps == 0
+
+
+class Small(nn.Module):
+    """A user's own network."""
+
+    def __init__(self, out):
+        super().__init__()
+        self.layer = nn.Conv2d(3, out, 3, padding=1)
+
+    def forward(self, images):
+        return self.layer(images)
+
+
+def test_networks_of_ones_own_train_from_their_own_weights():
+    model = CycleGAN(Config(**TINY))
+    mine = {"G": Small(3), "D_X": Small(1)}
+    before = copy.deepcopy(mine)
+    for name, network in mine.items():
+        setattr(model, name, network)
+    model.set_learning_rate(1e-3)
+    model.step(image(0), image(1))
+    for name, network in mine.items():  # the first step of Adam is of the rate, whatever the slope
+        step = network.layer.weight - before[name].layer.weight
+        assert torch.allclose(step.abs(), torch.full_like(step, 1e-3), rtol=1e-2)
+    model.F = Small(3)  # later it is refused
+    with pytest.raises(ValueError, match="changed after the first step"):
+        model.step(image(0), image(1))
+    model = CycleGAN(Config(**TINY))
+    model.step(image(0), image(1))
+    with pytest.raises(ValueError, match="changed after the first step"):
+        model.double().step(image(0).double(), image(1).double())
+
+
+def test_checkpoints_of_other_networks_are_refused_in_words(tmp_path):
+    model = CycleGAN(Config(**TINY))
+    model.G = Small(3)
+    model.step(image(0), image(1))
+    save_checkpoint(str(tmp_path / "mine.pt"), model, {})
+    with pytest.raises(UserError, match="mine.pt .*other networks: G.layer.bias"):
+        load_checkpoint(tmp_path / "mine.pt")
+    with pytest.raises(UserError, match="mine.pt"):
+        load_generator(tmp_path / "mine.pt")
+
+
+def test_a_further_loss_needs_one_line_and_one_entry():
+    source = inspect.getsource(CycleGAN.update)
+    line = "        drift = fake_y.mean()\n"
+    source = source.replace("        # D_X minimises", line + "        # D_X minimises")
+    source = source.replace('{"gan": gan', '{"drift": drift, "gan": gan')
+    scope = dict(vars(cyclegan))
+    exec("if True:\n" + source, scope)
+    model = CycleGAN(Config(**TINY))
+    model.update = functools.partial(scope["update"], model)
+    losses = model.step(image(0), image(1))
+    assert list(losses) == ["drift", "gan", "cycle", "identity", "D_X", "D_Y"]
+    assert losses["drift"] != 0
+
+
+def test_translate_takes_one_picture_or_many_and_refuses_floats():
+    generator, random = Generator(2, 1), np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shape in ((33, 70, 3), (1, 1, 3), (2, 5, 7, 3)):
+            picture = random.integers(256, size=shape, dtype=np.uint8)
+            picture.flags.writeable = False
+            result = cyclegan.translate(generator, picture)
+            assert result.shape == shape and result.dtype == np.uint8
+    one = cyclegan.translate(generator, picture[1])
+    assert np.abs(one - cyclegan.translate(generator, picture)[1].astype(int)).max() <= 1
+    for wrong in (picture / 255, picture[..., :1], picture[0, 0]):
+        with pytest.raises(ValueError, match=f"uint8.* not {wrong.dtype} .*{wrong.shape[-1]}"):
+            cyclegan.translate(generator, wrong)
+
+
+def test_star_brings_the_public_names_only():
+    scope = {}
+    exec("from cyclegan import *", scope)
+    names = {name for name in scope if not name.startswith("__")}
+    assert {"Config", "CycleGAN", "load_generator", "translate"} <= names
+    assert all(getattr(scope[name], "__module__", None) == "cyclegan" for name in names)
+
+
+def test_exported_generators_are_exact_at_sizes_that_were_not_traced():
+    generator = Generator(4, 2).eval().requires_grad_(False)
+    height, width = (4 * torch.export.Dim(name, min=4, max=64) for name in ("h", "w"))
+    exported = torch.export.export(generator, (noise(1, 3, 32, 40, dtype=torch.float32),),
+                                   dynamic_shapes=({2: height, 3: width},)).module()
+    for height, width in ((64, 48), (100, 16)):
+        images = noise(1, 3, height, width, dtype=torch.float32)
+        assert torch.equal(exported(images), generator(images))
+
+
+# ---- The step on a GPU, seen without one ---------------------------------------------------------
+
+
 @pytest.mark.parametrize("setting", STEPS.values(), ids=STEPS.keys())
-def test_step_equals_the_literal_twin(setting, batch_size):
-    config = Config(**{**TINY, "buffer_size": 2, **setting})
-    model = CycleGAN(config).double()
-    twin = Twin(config, model)
-    for k in range(4):
-        x, y = noise(batch_size, 3, 32, 32, seed=k), noise(batch_size, 3, 32, 32, seed=k + 9)
-        twin.step(x, y, model.draws(x))
-        losses = model.step(x, y)
-        assert losses.keys() == twin.losses.keys()
-        for name, loss in losses.items():
-            assert abs(loss - twin.losses[name]) <= 1e-12 * loss, name
-            assert loss.shape == () and not loss.requires_grad
-    for name, network in twin.networks.items():
-        for key, value in getattr(model, name).model.state_dict().items():
-            assert (value - network.state_dict()[key]).abs().max() < 1e-12, (name, key)
-    assert model.steps == 4
-
-def test_step_refuses_x_and_y_of_different_shapes():
-    with pytest.raises(ValueError, match="shape"):
-        CycleGAN(Config(**TINY)).step(torch.zeros(2, 3, 32, 32), torch.zeros(1, 3, 32, 32))
-
-def test_update_computes_and_changes_nothing_of_the_other_networks():
-    model, x = CycleGAN(Config(**TINY)), image()
-    before = [p.clone() for p in model.parameters()]
-    cyclegan.update(model.adam_G,
-                    model.D_Y(model.G(x)).square().mean() + model.D_X(model.F(x)).mean())
-    for network, moved in ((model.G, True), (model.F, True), (model.D_X, False),
-                           (model.D_Y, False)):
-        assert all((p.grad is not None) == moved for p in network.parameters())
-    changed = [not torch.equal(p, q) for p, q in zip(before, model.parameters())]
-    assert sum(changed) == len([*model.G.parameters(), *model.F.parameters()])
-
-def test_step_waits_for_no_device():
+def test_step_waits_for_no_device(setting):
     # Under fake tensors whatever asks for a value (.item(), a Python branch, a mask) raises.
-    model, x = CycleGAN(Config(**TINY)), noise(2, 3, 32, 32, dtype=torch.float32)
+    model, x = CycleGAN(Config(**{**TINY, **setting})), noise(2, 3, 32, 32, dtype=torch.float32)
     for _ in range(2):
         model.step(x, x)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -372,12 +619,13 @@ def test_step_waits_for_no_device():
         with pytest.raises(DataDependentOutputException):
             bool(losses["gan"] > 0)  # the control
 
-def test_step_is_the_same_with_its_networks_compiled():
+
+def test_step_is_the_same_with_its_networks_compiled(monkeypatch):
     # One graph without a break for each kind of network and size of batch: 1, 2 and 3, and 1 and 2.
     graphs = CompileCounterWithBackend("aot_eager")
     plain, compiled = (CycleGAN(Config(**TINY)).double() for _ in range(2))
-    compiled.networks = [torch.compile(network, backend=graphs, fullgraph=True, dynamic=False)
-                         for network in compiled.networks]
+    monkeypatch.setattr(compiled.engine, "fast", functools.cache(lambda *networks: [
+        torch.compile(n, backend=graphs, fullgraph=True, dynamic=False) for n in networks]))
     for k in range(3):
         x, y = noise(1, 3, 32, 32, seed=k), noise(1, 3, 32, 32, seed=k + 9)
         one, two = plain.step(x, y), compiled.step(x, y)
@@ -386,59 +634,6 @@ def test_step_is_the_same_with_its_networks_compiled():
     for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
         assert (p - q).abs().max() < 1e-12
 
-class SimulatedGraph:
-    """What a CUDA graph does, seen without a GPU: recorded work is not done, replayed work is."""
-    recording = None
-
-    def __enter__(self):
-        SimulatedGraph.recording = self
-
-    def __exit__(self, *_):
-        SimulatedGraph.recording = None
-
-    def replay(self):
-        self.work()
-
-def test_recording_does_the_work_of_every_call_once(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimulatedGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    for name in ("Stream", "current_stream", "set_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: SimpleNamespace(wait_stream=lambda _: None))
-    calls, done = [], []
-
-    def function(a, b):
-        def work():
-            done.append(a.sum().item())
-            result.copy_(a.sum() * b)
-        calls.append(a.shape)
-        result = torch.zeros(1)
-        if SimulatedGraph.recording:
-            if a.ndim == 3:
-                raise RuntimeError("operation not permitted when stream is capturing")
-            SimulatedGraph.recording.work = work
-        else:
-            work()
-        return result
-
-    recording, results = cyclegan.Recording(function), []
-    for k, shape in enumerate(8 * [(2,)] + 6 * [(1, 1)] + 5 * [(2,)]):
-        results.append(recording(torch.full(shape, float(k)), torch.tensor([2.0])))
-    expected = [k * n for k, n in zip(range(19), 8 * [2] + 6 * [1] + 5 * [2])]
-    assert done == expected and [r.item() for r in results] == [2 * e for e in expected]
-    assert len(calls) == 4 + 4 + 4  # three real ones and a recorded one for each shape
-    with pytest.warns(UserWarning, match="cannot record .*not permitted") as warned:
-        results = [recording(torch.ones(1, 1, 1), torch.tensor([float(k)])) for k in range(6)]
-    assert [r.item() for r in results] == list(range(6)) and len(done) == 19 + 6
-    assert len(warned) == 1
-
-def test_loaded_buffers_are_recorded_anew():
-    model, other = (CycleGAN(Config(**TINY, buffer_size=2)) for _ in range(2))
-    other.step(image(), image())
-    model.recording.shapes = "those of a recorded step"
-    model.load_state_dict(other.state_dict())  # with buffers of another shape
-    assert model.recording.shapes is None
-    assert torch.equal(model.buffer_X.images, other.buffer_X.images)
 
 def test_memory_that_ran_out_is_told_from_other_errors_about_memory():
     with pytest.raises(RuntimeError) as raised:
@@ -447,12 +642,23 @@ def test_memory_that_ran_out_is_told_from_other_errors_about_memory():
     assert cyclegan.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert not cyclegan.out_of_memory(RuntimeError("an illegal memory access was encountered"))
 
-def test_networks_stay_as_they_are_where_nothing_can_be_compiled(monkeypatch):
+
+def test_networks_stay_as_they_are_where_nothing_can_be_compiled():
     if torch.cuda.is_available():
-        monkeypatch.setattr(torch, "compile", lambda *_: 1 / 0)
-    with pytest.warns(UserWarning, match="slower here, as torch.compile fails: [A-Z]"):
-        assert cyclegan.compiled("GF", "cuda") == "GF"
-    assert cyclegan.compiled("GF", "cpu") == "GF"
+        pytest.skip("here they can be")
+    with pytest.warns(UserWarning, match="torch.compile fails, so steps are slower: [A-Z]"):
+        assert cyclegan.compiled(["G"]) == ["G"]
+
+
+def test_bf16_leaves_weights_losses_and_images_in_float32():
+    assert CycleGAN(Config(**TINY)).engine.precision == "fp32"  # on a CPU, unless told
+    model, x = CycleGAN(Config(**TINY), precision="bf16"), image()
+    losses = model.step(x, x)
+    tensors = (*losses.values(), *model.parameters(), model.buffer_X.images)
+    assert {v.dtype for v in tensors} == {torch.float32}
+    exact = CycleGAN(Config(**TINY)).step(x, x)  # bf16 has 8 bits: some percent after 12 layers
+    assert all(0 < abs(losses[k] / exact[k] - 1) < 0.1 for k in ("gan", "cycle"))
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 class TestOnCUDA:
@@ -464,8 +670,8 @@ class TestOnCUDA:
         model = CycleGAN(Config(**config), "cuda", precision)
         return model.double() if precision == "fp32" else model
 
-    def images(self, k, side=32, dtype=torch.float64):
-        return [noise(1, 3, side, side, seed=seed, dtype=dtype).to("cuda",
+    def images(self, k, n=1, dtype=torch.float64):
+        return [noise(n, 3, 32, 32, seed=seed, dtype=dtype).to("cuda",
                 memory_format=torch.channels_last) for seed in (k, k + 99)]
 
     def assert_close(self, one, two):
@@ -474,43 +680,42 @@ class TestOnCUDA:
 
     def test_recorded_steps_are_those_of_the_literal_twin(self):
         model = self.model()
-        twin = Twin(model.config, model)
+        twin = Twin(model)
         for k in range(20):
             x, y = self.images(k)
-            loss = twin.step(x, y, model.draws(x))
+            expected = twin.step(x, y, cyclegan.buffer_draws(0, k, x))
             losses = model.step(x, y)
-            total = losses["gan"] + losses["cycle"] + losses["identity"]
-            assert abs(total - loss) < 1e-9
+            assert all(abs(losses[name] - expected[name]) < 1e-9 for name in expected)
             model.set_learning_rate(2**-13)  # reaches what is recorded
-            for adam in (twin.adam_G, twin.adam_D):
+            for adam in (twin.adam_GF, twin.adam_D):
                 adam.param_groups[0]["lr"] = 2**-13
-        assert model.recording.graph is not None  # nothing fell back
-        for name, network in twin.networks.items():
+        assert model.engine.graph.graph is not None  # nothing fell back
+        for name in ("G", "F", "D_X", "D_Y"):
             for key, value in getattr(model, name).model.state_dict().items():
-                assert (value - network.state_dict()[key]).abs().max() < 1e-9, (name, key)
+                assert (value - getattr(twin, name).state_dict()[key]).abs().max() < 1e-9
 
-    def test_another_size_is_recorded_anew(self):
+    def test_another_size_of_batch_is_recorded_anew(self):
         model, eager = self.model(), self.model()
-        eager.recording = eager.updates
-        for side in 6 * [32] + 6 * [40] + 6 * [32]:
+        eager.step(*self.images(99))
+        model.step(*self.images(99))
+        eager.engine.function = eager.engine.function.function
+        for n in 6 * [1] + 6 * [2] + 6 * [1]:
             for each in (model, eager):
-                each.step(*self.images(each.steps, side))
+                each.step(*self.images(each.steps, n))
         self.assert_close(model, eager)
 
     def test_resumed_after_recording(self, tmp_path):
-        model = self.model()
+        model = self.model("bf16")
         for k in range(6):
-            model.step(*self.images(k))
+            model.step(*self.images(k, dtype=torch.float32))
         save_checkpoint(tmp_path / "a.pt", model, {})
-        resumed = load_checkpoint(tmp_path / "a.pt", "cuda")[0].double()
-        for saved, state in zip((model.adam_G, model.adam_D), (resumed.adam_G, resumed.adam_D)):
-            state.load_state_dict({**state.state_dict(), "state": copy.deepcopy(
-                saved.state_dict()["state"])})
-        resumed.load_state_dict(model.state_dict())
+        resumed, _ = load_checkpoint(tmp_path / "a.pt", "cuda")
+        self.assert_close(model, resumed)
         for k in range(6, 12):
             for each in (model, resumed):
-                each.step(*self.images(k))
-        self.assert_close(model, resumed)
+                each.step(*self.images(k, dtype=torch.float32))
+        for a, b in zip(state_of(model), state_of(resumed), strict=True):
+            assert (a.double() - b.double()).abs().max() < 1e-2  # bf16, kernels picked anew
 
     def test_recorded_draws_differ_and_memory_stays(self):
         model, stored = self.model(), set()
@@ -521,108 +726,22 @@ class TestOnCUDA:
                 memory = torch.cuda.memory_allocated()
         assert 10 < len(stored) < 40 and torch.cuda.memory_allocated() == memory
 
-    def test_bf16_is_near_and_channels_last_holds(self):
+    def test_bf16_is_near(self):
         exact, half = self.model("fp32"), self.model("bf16")
         x, y = self.images(0, dtype=torch.float32)
         one, two = exact.step(x.double(), y.double()), half.step(x, y)
         assert all(0 < abs(two[k] / one[k] - 1) < 0.1 for k in ("gan", "cycle"))
         assert {v.dtype for v in (*two.values(), *half.parameters())} == {torch.float32}
-        seen = []
-        for network in (half.G, half.D_X):
-            for layer in network.modules():
-                layer.register_forward_hook(lambda layer, _, h: seen.append(
-                    h.is_contiguous(memory_format=torch.channels_last)))
-            with torch.autocast("cuda", torch.bfloat16):
-                network(torch.cat([x, y])).sum().backward()
-        assert all(seen) and len(seen) > 30
 
-def test_bf16_is_the_default_where_a_gpu_has_it_and_never_on_a_cpu(monkeypatch):
-    assert CycleGAN(Config(**TINY)).precision == "fp32"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for native, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-        assert cyclegan.pick("auto") == (torch.device("cuda"), expected)
-        assert cyclegan.pick("cuda", "fp32")[1] == cyclegan.pick("cpu")[1] == "fp32"
 
-def test_bf16_leaves_weights_losses_and_images_in_float32():
-    model, x = CycleGAN(Config(**TINY), precision="bf16"), image()
-    losses = model.step(x, x)
-    tensors = (*losses.values(), *model.parameters(), model.buffer_X.images)
-    assert {v.dtype for v in tensors} == {torch.float32}
-    exact = CycleGAN(Config(**TINY)).step(x, x)  # bf16 has 8 bits: some percent after 12 layers
-    assert all(0 < abs(losses[k] / exact[k] - 1) < 0.1 for k in ("gan", "cycle"))
+# ==== Files =======================================================================================
 
-# ---- The buffer and the schedule -----------------------------------------------------------------
-
-def test_buffer_by_hand():
-    buffer = ImageBuffer(2)
-
-    def exchange(values, draws):
-        images = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-        out = buffer.exchange(images, torch.tensor(draws))
-        assert out.shape == images.shape
-        return out[:, 0, 0, 0].tolist(), buffer.images[:, 0, 0, 0].tolist()
-
-    keep = [0.9, 0.1]  # (place, decision): ignored while the buffer fills
-    assert exchange([1.0], [keep]) == ([1], [1, 0])
-    assert exchange([2.0], [keep]) == ([2], [1, 2])
-    assert exchange([3.0], [[0.6, 0.5]]) == ([3], [1, 2])  # decision from 1/2 on: itself
-    assert exchange([4.0], [[0.6, 0.49]]) == ([2], [1, 4])  # else the old one at 0.6 * 2
-    assert exchange([5.0, 6.0], [[0.0, 0.0], [0.0, 0.0]]) == ([1, 5], [6, 4])  # one after another
-    assert exchange([7.0], [[1 - 2**-24, 0.0]]) == ([4], [6, 7])  # the largest float32 below 1
-
-def test_buffer_fills_then_swaps_half_of_the_time_and_shares_no_memory():
-    buffer, swapped = ImageBuffer(50), 0
-    torch.manual_seed(0)
-    for k in range(2050):
-        image = torch.full((1, 3, 2, 2), float(k))
-        out = buffer.exchange(image)
-        assert out.data_ptr() != buffer.images.data_ptr()
-        image.fill_(-1)  # what is stored is a copy
-        swapped += out[0, 0, 0, 0].item() != k
-        if k < 50:
-            assert swapped == 0
-    assert abs(swapped / 2000 - 0.5) < 0.05  # 4.5 standard errors
-    assert len(set(buffer.images[:, 0, 0, 0].tolist())) == 50 and buffer.images.min() >= 0
-    assert torch.equal(ImageBuffer(0).exchange(image), image)
-
-def test_draws_differ_by_step_and_seed_and_domain():
-    def draws(seed, steps):
-        model = CycleGAN(Config(**TINY, seed=seed))
-        model.steps = steps
-        return model.draws(torch.zeros(3, 1)).flatten().tolist()
-    values = draws(0, 0) + draws(0, 1) + draws(1, 0)
-    assert len(set(values)) == len(values) and draws(0, 1) == draws(0, 1)
-    steps = CycleGAN(Config(**TINY)).draws(torch.zeros(1000, 1)) * 2**24
-    assert (steps == steps.round()).all()  # of 24 bits: never rounded, so never up to 1
-
-def test_learning_rate():
-    config = Config()
-    for epoch, rate in {0: 2e-4, 99: 2e-4, 100: 2e-4 * 100 / 101, 199: 2e-4 / 101}.items():
-        assert abs(learning_rate(config, epoch) - rate) < 1e-18
-    assert learning_rate(config, 1000) == 0
-    assert learning_rate(Config(decay_epochs=0), 99) == 2e-4
-    model = CycleGAN(Config(**TINY))
-    model.set_learning_rate(0.0)
-    before = [p.clone() for p in model.parameters()]
-    model.step(image(), image())
-    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
-
-# ---- Settings and files --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("field, value", [
-    ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
-    ("lambda_identity", -0.5), ("lambda_forward", math.nan), ("objective", "wgan"),
-    ("batch_size", 0), ("lr", 0.0), ("lr", math.inf), ("lr", -1e-4), ("beta1", 1.0), ("width", 0),
-    ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5), ("seed", "x"), ("seed", 2**64)])
-def test_impossible_settings_are_refused_by_name(field, value):
-    with pytest.raises(UserError, match=f"^{field} .*{re.escape(repr(value))}"):
-        Config(**{field: value})
 
 def state_of(model):
-    adams = [v for adam in (model.adam_G, model.adam_D) for s in adam.state.values()
+    adams = [v for adam in cyclegan.optimizers(model) for s in adam.state.values()
              for v in s.values()]
     return [*model.state_dict().values(), *adams, torch.tensor(model.steps)]
+
 
 def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
     one = CycleGAN(Config(**TINY, buffer_size=2))
@@ -631,16 +750,42 @@ def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
     save_checkpoint(tmp_path / "a.pt", one, {"epoch": 3})
     two, place = load_checkpoint(tmp_path / "a.pt")
     assert place == {"epoch": 3} and two.config == one.config
-    for _ in range(2):
+    for rate in (1e-3, 1e-4):
         assert all(torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
         for each in (one, two):
+            each.set_learning_rate(rate)
             each.step(image(0), image(1))
     assert not list(tmp_path.glob("*.part"))
+
+
+PLACE = {"epoch": 0, "done": 0, "demo": False, "data": ["a", "b"], "save_every": 50,
+         "save_minutes": 10.0, "sample_every": 1}
+
+
+def test_checkpoints_of_the_first_form_of_the_program_load(tmp_path):
+    # Typed from what commit 87842f7 wrote: `place`, and buffers that are empty before a first step.
+    model = CycleGAN(Config(**TINY))
+    weights = model.state_dict()
+    for name in ("buffer_X", "buffer_Y"):
+        weights[f"{name}.images"] = torch.zeros(50, 0, 0, 0)
+    config = {"image_size": 32, "load_size": 36, "blocks": 2, "width": 4, "objective": "lsgan",
+              "lambda_gan": 1.0, "lambda_forward": 10.0, "lambda_backward": 10.0,
+              "lambda_identity": 0.5, "buffer_size": 50, "batch_size": 1, "lr": 0.0002,
+              "beta1": 0.5, "epochs": 100, "decay_epochs": 100, "seed": 0}
+    torch.save({"config": config, "precision": "fp32", "steps": 0, "place": PLACE,
+                "model": weights, "adams": [{}, {}]}, tmp_path / "latest.pt")
+    run = train.open_run({"resume": tmp_path, "save_every": 7}, torch.device("cpu"))
+    assert (run.data, run.epoch, run.save_every) == (["a", "b"], 0, 7)
+    for each in (model, run.model):
+        each.step(image(0), image(1))
+    assert all(torch.equal(a, b) for a, b in zip(state_of(model), state_of(run.model), strict=True))
+
 
 FORMS = {  # (prefix, dropout, statistics) of the files that the authors' programs have written
     "plain": ("", False, False), "old": ("", False, True), "dropout": ("", True, False),
     "old with dropout": ("", True, True), "parallel": ("module.", False, False),
     "compiled": ("_orig_mod.", False, False)}
+
 
 def authors_file(path, form, width=5, blocks=9, seed=0):
     """Writes a file of a generator as the authors' programs do, -> that generator, their twin."""
@@ -655,12 +800,14 @@ def authors_file(path, form, width=5, blocks=9, seed=0):
                _use_new_zipfile_serialization=not statistics)  # PyTorch 0.3 had no zip files
     return twin
 
+
 def photograph():
     """(253, 190, 3) uint8: smooth, with some texture."""
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(256, size=(9, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((190, 253), Image.BICUBIC)).astype(int)
     return (smooth + random.integers(-20, 21, smooth.shape)).clip(0, 255).astype(np.uint8)
+
 
 def by_twin(twin, picture):
     """What the authors' network makes of a picture that grew to a multiple of 4 by reflection."""
@@ -670,6 +817,7 @@ def by_twin(twin, picture):
     with torch.no_grad():
         y = twin(x)[0, :, :height, :width]
     return ((y + 1) * 127.5).permute(1, 2, 0).numpy()
+
 
 def test_authors_files_have_the_keys_that_they_have(tmp_path):
     # Typed from the authors' files: 9 blocks, then 6 blocks, dropout, and statistics.
@@ -682,15 +830,20 @@ def test_authors_files_have_the_keys_that_they_have(tmp_path):
             "model.2.running_mean", "model.15.conv_block.7.running_var",
             "model.20.num_batches_tracked"} <= keys and "model.10.conv_block.5.weight" not in keys
 
+
 @pytest.mark.parametrize("blocks", [6, 9])
 @pytest.mark.parametrize("form", FORMS)
 def test_authors_files_translate_as_their_networks_do(form, blocks, tmp_path):
     picture = photograph()
     for name in ("latest_net_G", "latest_net_G_A", "200_net_G_B"):
         twin = authors_file(tmp_path / f"{name}.pth", form, 5, blocks, len(name))
-        ours = cyclegan.translate(load_generator(tmp_path / f"{name}.pth"), picture[None])[0]
+        generator = load_generator(str(tmp_path / f"{name}.pth"))
+        ours = cyclegan.translate(generator, picture)
         assert ours.shape == (253, 190, 3) and ours.std() > 5
         assert np.abs(ours - by_twin(twin, picture)).max() < 1  # one is rounded, the other is not
+    assert generator.config is None and not generator.training
+    assert not any(p.requires_grad for p in generator.parameters())
+
 
 def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
     cases = {  # files, then the one that is G and the one that is F
@@ -705,13 +858,6 @@ def test_a_folder_of_authors_files_gives_the_one_of_the_direction(tmp_path):
             loaded = load_generator(tmp_path / folder, direction)
             assert torch.equal(loaded.model[1].weight, twins[name][1].weight)
 
-def test_translate_takes_authors_files(tmp_path):
-    twin = authors_file(tmp_path / "horse2zebra" / "latest_net_G_B.pth", "old")
-    Image.fromarray(photograph()).save(tmp_path / "a photograph.png")
-    assert "1 translated" in ok(tmp_path, "translate.py 'a photograph.png' --checkpoint horse2zebra"
-                                " --direction BtoA --out there")
-    result = read_picture(tmp_path / "there" / "a photograph.png")
-    assert np.abs(result - by_twin(twin, photograph())).max() < 1
 
 def test_foreign_generators_are_refused_by_name(tmp_path):
     weights = Generator(4, 9).state_dict()
@@ -729,73 +875,70 @@ def test_foreign_generators_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="D.pth"):
         load_generator(tmp_path / "D.pth")
 
-def test_damaged_checkpoints_are_refused(tmp_path):
-    save_checkpoint(tmp_path / "whole", CycleGAN(Config(**TINY)), {})
-    whole = (tmp_path / "whole").read_bytes()
+
+class Malice:
+    def __reduce__(self):
+        return (os.mkdir, ("malice_was_here",))
+
+
+def test_damaged_checkpoints_are_refused_and_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("whole", CycleGAN(Config(**TINY)), {})
+    whole = Path("whole").read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
+    torch.save({"model": Malice()}, "malice")
     for name, data in {"empty": b"", "text": b"hello", "short": whole[:-100],
-                       "half": whole[:len(whole) // 2], "flipped": bytes(flipped)}.items():
-        (tmp_path / name).write_bytes(data)
+                       "half": whole[:len(whole) // 2], "flipped": bytes(flipped),
+                       "malice": Path("malice").read_bytes()}.items():
+        Path(name).write_bytes(data)
         for load in (load_checkpoint, load_generator):
             with pytest.raises(UserError, match=name):
-                load(tmp_path / name)
+                load(name)
+    assert not Path("malice_was_here").exists()
 
-START = {"epoch": 0, "done": 0, "demo": True, "data": ["pictures/apples", "pictures/oranges"],
-         "save_every": 1, "save_minutes": 1.0, "sample_every": 1}
 
 @pytest.mark.parametrize("keys, value", [
-    *((["place"], value) for value in (None, [], {})), (["place", "epoch"], "1"),
-    (["place", "done"], -1), (["place", "done"], 10**30), (["place", "save_every"], 0),
-    *((["place", "data"], value) for value in (["a"], [1, 2], ["a\0", "b"])),
-    *((["steps"], value) for value in (-1, 2**60, math.inf)),
-    *((["model", "buffer_Y.count"], torch.tensor([value])) for value in (51, -1)),
+    (["place"], None), (["place"], {}), (["steps"], "x"), (["steps"], math.inf),
     # The fused Adam would write past the end of moments of another shape.
     (["adams", 1, 0, "exp_avg"], torch.zeros(3)), (["adams", 1, 0, "exp_avg_sq"], torch.zeros(1)),
-    (["adams", 1, 0, "exp_avg"], None), (["adams", 1, 0, "step"], torch.zeros(4))], ids=str)
+    (["adams", 1, 0, "exp_avg"], None)], ids=str)
 def test_impossible_values_in_a_checkpoint_are_refused(keys, value, tmp_path):
-    model, (*way, last) = CycleGAN(Config(**TINY)), keys
+    model = CycleGAN(Config(**TINY))
     model.step(image(), image())
-    save_checkpoint(tmp_path / "latest.pt", model, START)
-    saved = torch.load(tmp_path / "latest.pt")
-    functools.reduce(operator.getitem, way, saved)[last] = value
+    save_checkpoint(tmp_path / "latest.pt", model, PLACE)
+    saved = inside = torch.load(tmp_path / "latest.pt")
+    for key in keys[:-1]:
+        inside = inside[key]
+    inside[keys[-1]] = value
     torch.save(saved, tmp_path / "latest.pt")
-    reason = "damaged" if keys[0] == "place" else "no checkpoint of a run"
-    with pytest.raises(UserError, match=f"latest.pt is {reason}"):
-        train.resume(tmp_path, None, {}, torch.device("cpu"))
+    with pytest.raises(UserError, match="latest.pt (is not a checkpoint|does not say)"):
+        train.open_run({"resume": tmp_path}, torch.device("cpu"))
+
+
+def test_what_is_written_is_synced_before_it_takes_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda _: done.append("synced"))
+    monkeypatch.setattr(os, "replace", lambda part, path: done.append(f"renamed to {path.name}"))
+    cyclegan.write_file(tmp_path / "a", [b"1"])
+    assert done == ["synced", "renamed to a"] and not list(tmp_path.iterdir())
+
 
 def test_the_copy_of_an_epoch_is_saved_before_the_latest(monkeypatch):
-    saved = []
+    saved, model = [], CycleGAN(Config(**TINY))
     monkeypatch.setattr(train, "save_checkpoint", lambda path, *_: saved.append(path.name))
-    for epoch, done in ((50, 0), (50, 1), (51, 0)):
-        train.save(Path("run"), nn.Identity(), {"epoch": epoch, "done": done, "save_every": 50})
-    # Killed in between, a run would go on after the epoch and never write its copy.
-    assert saved == ["epoch_0050.pt", "latest.pt", "latest.pt", "latest.pt"]
+    for epoch, done in ((50, 0), (50, 1), (51, 0), (0, 0)):
+        train.Run(Path("run"), model, ["a", "b"], False, epoch, done).save()
+    # Killed in between, a run would continue after the epoch and never write its copy.
+    assert saved == ["epoch_0050.pt", *4 * ["latest.pt"]]
 
-def test_several_processes_without_their_addresses_get_one_sentence(tmp_path):
-    status, _, err = run(tmp_path, "train.py", env={**ENVIRONMENT, "WORLD_SIZE": "2"})
-    assert status == 1 and len(err.splitlines()) == 1, err
-    assert "WORLD_SIZE is 2" in err and "torchrun" in err
-
-def test_run_of_the_first_release_goes_on(tmp_path):
-    save_checkpoint(tmp_path / "latest.pt", CycleGAN(Config(**TINY, batch_size=3)),
-                    {"epoch": 2, "step": 5, "demo": False, "data": ["a", "b"]})
-    _, place = train.resume(tmp_path, None, {"save_every": 7}, torch.device("cpu"))
-    assert place == {"epoch": 2, "done": 15, "demo": False, "data": ["a", "b"], "save_every": 7,
-                     "save_minutes": 10.0, "sample_every": 1}
-
-def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
-    (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(Config(**TINY)),
-                    {**START, "data": ["../outside/apples", "../outside/oranges"]})
-    status, _, err = run(tmp_path, "train.py --resume run")
-    assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
 
 def test_the_log_keeps_the_steps_of_the_checkpoint_even_if_it_had_lost_some(tmp_path):
     log = tmp_path / "losses.csv"
     log.write_text("step,epoch\n3,1\n4,1\n²,\n\n5,1\n6,1\n5,0")  # 1 and 2 lost, the last cut short
-    train.trim_log(log, 5)
-    assert log.read_text().splitlines()[1:] == ["3,1", "4,1", "5,1"]
+    train.keep_rows(log, 5)
+    assert log.read_text().splitlines() == ["step,epoch", "3,1", "4,1", "5,1"]
+
 
 def test_a_damaged_sample_is_left_out_of_the_animation(tmp_path, capsys):
     (tmp_path / "samples").mkdir()
@@ -808,25 +951,15 @@ def test_a_damaged_sample_is_left_out_of_the_animation(tmp_path, capsys):
     with Image.open(tmp_path / "samples.gif") as animation:
         assert animation.n_frames == 2 and animation.size == (960, 240)
 
-class Malice:
-    def __reduce__(self):
-        return (os.mkdir, ("malice_was_here",))
 
-def test_checkpoints_run_no_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": Malice()}, "bad.pt")
-    with pytest.raises(UserError, match="bad.pt"):
-        load_checkpoint("bad.pt")
-    assert not Path("malice_was_here").exists()
+# ==== Pictures ====================================================================================
 
-# ---- Pictures ------------------------------------------------------------------------------------
 
 def test_pictures_of_every_mode(tmp_path):
     ramp = np.linspace(0, 255, 6 * 5).round().astype(np.uint8).reshape(5, 6)
     colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1)
     rgb, grey = Image.fromarray(colours), np.stack([ramp] * 3, -1)
     alpha = Image.fromarray(np.dstack([colours, np.where(ramp > 100, 255, 0).astype(np.uint8)]))
-    over_white = np.where(ramp[..., None] > 100, colours, 255)
     sixteen = ramp.astype(np.uint16) * 257
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees
@@ -838,20 +971,22 @@ def test_pictures_of_every_mode(tmp_path):
         ("32.tif", Image.fromarray(sixteen.astype(np.int32)), {}, grey),
         ("1.png", Image.fromarray(ramp > 100), {}, np.where(grey > 100, 255, 0)),
         ("palette.png", Image.fromarray(ramp).convert("P"), {}, grey),
-        ("alpha.png", alpha, {}, over_white),
+        ("alpha.png", alpha, {}, np.where(ramp[..., None] > 100, colours, 255)),
         ("turned.png", rgb, {"exif": exif}, np.rot90(colours, -1)),
         ("la.png", alpha.convert("LA"), {}, None), ("cmyk.tif", rgb.convert("CMYK"), {}, colours),
         ("key.png", rgb, {"transparency": tuple(map(int, colours[0, 0]))}, None),
         ("animated.gif", Image.fromarray(ramp), {"save_all": True, "append_images": [rgb]}, grey)]
     for name, image, options, expected in cases:
         image.save(tmp_path / name, **options)
-        picture = read_picture(tmp_path / name)
+        picture = read_picture(str(tmp_path / name))
         assert picture.dtype == np.uint8 and picture.shape[2] == 3, name
         if expected is not None:
             assert picture.shape == expected.shape, name
             assert np.abs(picture - expected.astype(int)).max() <= 1, name
     assert (read_picture(tmp_path / "key.png")[0, 0] == 255).all()
     assert read_picture(tmp_path / "rgb.png", 9).shape == (9, 9, 3)
+    assert len(cyclegan.find_pictures(str(tmp_path))) == len(cases)
+
 
 def test_pictures_that_are_programs_do_not_run(tmp_path):
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
@@ -859,6 +994,7 @@ def test_pictures_that_are_programs_do_not_run(tmp_path):
         assert image.format == "EPS"  # Pillow would hand it to Ghostscript
     with pytest.raises(UserError, match="a.png: .*EPS"):
         read_picture(tmp_path / "a.png")
+
 
 def test_bytes_survive_the_way_to_a_tensor_and_back():
     picture = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
@@ -868,21 +1004,84 @@ def test_bytes_survive_the_way_to_a_tensor_and_back():
     over_half = torch.full((1, 3, 1, 1), 0.5 / 127.5 - 1 + 1e-4)
     assert to_pictures(over_half).max() == 1  # rounds, not cuts
 
+
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 50), (5, 7), (64, 64), (33, 70)])
-def test_translations_have_the_size_of_their_picture(height, width):
+def test_a_network_that_changes_nothing_gives_the_picture_back(height, width):
     picture = np.random.default_rng(0).integers(256, size=(2, height, width, 3), dtype=np.uint8)
-    assert cyclegan.translate(Generator(2, 1), picture).shape == picture.shape
-    nothing = nn.Conv2d(3, 3, 1)  # as a network that changes nothing shows the frame around it
+    nothing = nn.Conv2d(3, 3, 1)
     nn.init.dirac_(nothing.weight)
     nn.init.zeros_(nothing.bias)
     assert (cyclegan.translate(nothing, picture) == picture).all()
 
-# ---- The programs, run for real ------------------------------------------------------------------
+
+def mapped(pictures, path):
+    pictures.tofile(path)
+    return np.memmap(path, np.uint8, "r", shape=pictures.shape)
+
+
+def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
+    config = Config(image_size=24, load_size=30, batch_size=2, epochs=1, decay_epochs=1, seed=3)
+    A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
+            for n in (7, 4))
+    A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # a row tells the place of a crop
+    A, B = mapped(A, tmp_path / "A"), mapped(B, tmp_path / "B")
+    seen, pairs, places = [], [], set()
+    for epoch in (0, 1):
+        batches = list(train.batches(config, A, B, epoch, 0))
+        assert len(batches) == 4
+        x, y = (np.concatenate(part) for part in zip(*batches))
+        assert x.shape == y.shape == (8, 24, 24, 3)
+        seen.append([int(v) % 8 for v in x[:, 0, 0, 0]])
+        pairs.append(list(zip(seen[-1], y[:, 0, 0, 0].tolist())))
+        places |= {int(v) // 8 for v in x[:, 0, 0, 0]}
+        assert set(seen[-1][:7]) == set(range(7)) and seen[-1][7] == seen[-1][0]  # each, then again
+    assert seen[0] != seen[1] and set(pairs[0]) != set(pairs[1]) and len(places) > 3
+    rest = list(train.batches(config, A, B, 1, 4))  # of the place alone
+    assert len(rest) == 2
+    for one, two in zip(rest, batches[2:]):
+        assert all((a == b).all() for a, b in zip(one, two))
+    big = np.arange(30, dtype=np.uint8)[None, None, :, None] + np.zeros((1, 30, 30, 3), np.uint8)
+    big = mapped(big, tmp_path / "big")
+    flips = [next(train.batches(config, big, big, s, 0))[0][0, 0, :, 0] for s in range(60)]
+    assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
+    monkeypatch.setattr(train, "WORLD", 2)  # two processes share a batch of twice the size
+    single, parts = replace(config, batch_size=1), []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        parts.append(next(train.batches(single, A, B, 1, 4)))
+    assert all((np.concatenate(part) == b).all() for *part, b in zip(*parts, rest[0]))
+
+
+def test_changed_folder_is_read_again(user, tmp_path, capsys):
+    folder, cache = tmp_path / "growing", tmp_path / "cache"
+    shutil.copytree(user / "apples", folder)
+
+    def read():
+        train.update_cache(folder, 28, cache, "A")
+        [file] = cache.glob("A-*")
+        return np.array(train.map_pictures(cache, "A", 28)), file, file.stat().st_mtime_ns
+
+    pictures, file, made = read()
+    expected = [read_picture(path, 28) for path in cyclegan.find_pictures(folder)]
+    assert (pictures == np.stack(expected)).all() and len(expected) == 5
+    assert read()[2] == made
+    file.write_bytes(file.read_bytes()[:5000])
+    assert (read()[0] == pictures).all()
+    shutil.copy(user / "oranges" / "oranges 0.png", folder)
+    (folder / "nowhere.png").symlink_to("there is no such file")
+    more = read()[0]
+    assert len(more) == 6 and "nowhere.png" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    assert (read()[0] == more).all() and "no longer exists" in capsys.readouterr().out
+
+
+# ==== The programs, run for real ==================================================================
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1",  # the fastest for networks so small
                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 SMALL = "--image-size 24 --load-size 28 --width 2 --blocks 1"
 TRAIN = f"train.py --dataA apples --dataB oranges {SMALL}"
+
 
 def launch(folder, line, processes=1, **options):
     """Starts a command line of one of the programs in a folder; several processes by torchrun."""
@@ -891,6 +1090,7 @@ def launch(folder, line, processes=1, **options):
     return subprocess.Popen([sys.executable, *torchrun * (processes > 1), HERE / program,
                              *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **{"env": ENVIRONMENT, **options})
+
 
 def finish(*processes, timeout):
     """Waits for programs that run side by side, -> (exit status, output, errors) of each."""
@@ -901,41 +1101,72 @@ def finish(*processes, timeout):
             process.kill()
     return [(process.returncode, *each) for process, each in zip(processes, said)]
 
-def run(folder, line, **options):
-    """Runs one of the programs in a folder, -> (exit status, standard output, standard error)."""
-    [(status, out, err)] = finish(launch(folder, line, **options), timeout=300)
-    assert "Traceback" not in err, err
-    return status, out, err
 
-def ok(folder, line):
-    status, out, err = run(folder, line)
-    assert status == 0, err
-    return out
+IN_A_FORK = """
+import os, runpy, shlex, sys, torch
+for stream, name in ((1, out), (2, err)):
+    os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), stream)
+os.chdir(folder)
+torch.set_num_threads(1)
+program, *sys.argv[1:] = shlex.split(line)
+sys.argv[0] = os.path.join(here, program)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
-def side_by_side(function, folder, *lines):
-    """What `run` or `ok` gives for each command line, two at a time."""
+
+def run(folder, *lines):
+    """Runs command lines of the programs, -> (exit status, output, errors) of each.
+
+    Two at a time, each in a process of its own, as from the shell, but that torch is loaded: the
+    processes are forked from one that has it.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["cyclegan"])
+
+    def one(line):
+        with tempfile.TemporaryDirectory() as texts:
+            out, err = Path(texts, "out"), Path(texts, "err")
+            process = forks.Process(target=exec, args=(IN_A_FORK, {
+                "here": HERE, "folder": folder, "line": line, "out": out, "err": err}))
+            process.start()
+            process.join(300)
+            assert "Traceback" not in err.read_text(), err.read_text()
+            return process.exitcode, out.read_text(), err.read_text()
+
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda line: function(folder, line), lines))
+        return list(pool.map(one, lines))
+
+
+def ok(folder, *lines):
+    """What they print, if all end well."""
+    ends = run(folder, *lines)
+    assert all(status == 0 for status, *_ in ends), ends
+    return [out for _, out, _ in ends]
+
 
 def wait_for(process, beginning):
     return next(line for line in process.stdout if line.startswith(beginning))
 
-def steps_of(run):
-    """How many steps are in the checkpoint of a run."""
-    return load_checkpoint(run / "latest.pt")[0].steps
 
-def logged_steps(run):
+def steps_of(folder):
+    """How many steps are in the checkpoint of a run."""
+    return load_checkpoint(folder / "latest.pt")[0].steps
+
+
+def logged_steps(folder):
     return [int(line.split(",")[0]) for line in
-            (run / "losses.csv").read_text().splitlines()[1:]]
+            (folder / "losses.csv").read_text().splitlines()[1:]]
+
 
 def same_state(one, two):
     """Whether two runs have the same checkpoint, bit for bit."""
-    (one, here), (two, there) = (load_checkpoint(run / "latest.pt") for run in (one, two))
+    (one, here), (two, there) = (load_checkpoint(folder / "latest.pt") for folder in (one, two))
     return here == there and all(
         torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
 
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def user(tmp_path_factory):
     """A folder with apples/ (5 pictures, one in a folder below), oranges/ (3) and a trained run."""
     folder = tmp_path_factory.mktemp("user")
     for name, count, colour in (("apples", 5, (200, 30, 40)), ("oranges", 3, (250, 150, 20))):
@@ -946,31 +1177,32 @@ def place(tmp_path_factory):
             path = folder / name / ("more" if k == 1 else "")
             path = path / f"{name} {k}.{'jpg' if k % 2 else 'png'}"
             Image.fromarray(picture.astype(np.uint8)).save(path)
-    out = ok(folder, f"{TRAIN} --epochs 2 --decay-epochs 2 --batch-size 2 --save-every 2"
-                     " --out trained")
+    [out] = ok(folder, f"{TRAIN} --epochs 2 --decay-epochs 2 --batch-size 2 --save-every 2"
+                       " --out trained")
     assert "finished after step 12" in out  # 4 epochs of 3 batches for 5 pictures
     return folder
 
-def test_training_writes_what_it_promises(place):
-    run_folder = place / "trained"
-    written = sorted(re.sub("-[0-9a-f]{16}", "", str(path.relative_to(run_folder)))
-                     for path in run_folder.rglob("*") if path.is_file())
+
+def test_training_writes_what_it_promises(user):
+    folder = user / "trained"
+    written = sorted(re.sub("-[0-9a-f]{16}", "", str(path.relative_to(folder)))
+                     for path in folder.rglob("*") if path.is_file())
     assert written == [".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
                        "latest.pt", "losses.csv", "samples.gif",
                        *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
-    lines = (run_folder / "losses.csv").read_text().splitlines()
+    lines = (folder / "losses.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,rate,gan,cycle,identity,D_X,D_Y"
     rows = [[float(v) for v in line.split(",")] for line in lines[1:]]
     assert [row[0] for row in rows] == list(range(1, 13))
     assert [row[1] for row in rows[::3]] == [1, 2, 3, 4]
     assert np.allclose([row[2] for row in rows[::3]], [2e-4, 2e-4, 2e-4 * 2 / 3, 2e-4 / 3],
                        rtol=1e-6)
-    grid = np.asarray(Image.open(run_folder / "samples" / "epoch_0004.png"))
+    grid = np.asarray(Image.open(folder / "samples" / "epoch_0004.png"))
     assert grid.shape == (4 * 32, 6 * 32, 3)  # 28 pixels in a frame of 2
-    shown = Image.open(place / "apples" / "apples 0.png").resize((28, 28), Image.BICUBIC)
+    shown = Image.open(user / "apples" / "apples 0.png").resize((28, 28), Image.BICUBIC)
     assert (grid[2:30, 2:30] == np.asarray(shown)).all()  # whole, not cropped
-    model, cells = load_checkpoint(run_folder / "latest.pt")[0], grid.reshape(4, 32, 6, 32, 3)
-    A, B = (np.fromfile(next(run_folder.glob(f"cache/{name}-*")), np.uint8).reshape(-1, 28, 28, 3)
+    model, cells = load_checkpoint(folder / "latest.pt")[0], grid.reshape(4, 32, 6, 32, 3)
+    A, B = (np.fromfile(next(folder.glob(f"cache/{name}-*")), np.uint8).reshape(-1, 28, 28, 3)
             for name in "AB")
     x, y = to_tensor(A[[0, 1, 2, 3]]), to_tensor(B[[0, 0, 1, 2]])  # each fourth of 5 and of 3
     with torch.no_grad():
@@ -978,89 +1210,50 @@ def test_training_writes_what_it_promises(place):
     for k, column in enumerate(columns):  # in other batches rounding may differ
         assert np.abs(cells[:, 2:30, k, 2:30] - to_pictures(column).astype(int)).max() <= 1, k
 
-def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
-    def mapped(pictures, name):
-        pictures.tofile(tmp_path / name)
-        return np.memmap(tmp_path / name, np.uint8, "r", shape=pictures.shape)
 
-    config = Config(image_size=24, load_size=30, batch_size=2, epochs=1, decay_epochs=1, seed=3)
-    A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
-            for n in (7, 4))
-    A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # a row tells the place of a crop
-    A, B = mapped(A, "A"), mapped(B, "B")
-    seen, pairs, places = [], [], set()
-    epochs = list(train.batches(config, A, B, 0, 0))
-    assert [(e, after) for e, after, *_ in epochs] == [
-        (0, (0, 2)), (0, (0, 4)), (0, (0, 6)), (0, (1, 0)),
-        (1, (1, 2)), (1, (1, 4)), (1, (1, 6)), (1, (2, 0))]
-    for epoch in (0, 1):
-        x = np.concatenate([x for e, _, x, _ in epochs if e == epoch])
-        y = np.concatenate([y for e, _, _, y in epochs if e == epoch])
-        assert x.shape == y.shape == (8, 24, 24, 3)
-        seen.append([int(v) % 8 for v in x[:, 0, 0, 0]])
-        pairs.append(list(zip(seen[-1], y[:, 0, 0, 0].tolist())))
-        places |= {int(v) // 8 for v in x[:, 0, 0, 0]}
-        assert set(seen[-1][:7]) == set(range(7)) and seen[-1][7] == seen[-1][0]  # each, then again
-    assert seen[0] != seen[1] and set(pairs[0]) != set(pairs[1]) and len(places) > 3
-    again = train.batch(config, A, B, 1, 4)
-    assert all((a == b).all() for a, b in zip(again, epochs[6][2:]))  # of the place alone
-    big = np.arange(30, dtype=np.uint8)[None, None, :, None] + np.zeros((1, 30, 30, 3), np.uint8)
-    big = mapped(big, "big")
-    flips = [train.batch(config, big, big, 0, s)[0][0, 0, :, 0] for s in range(60)]
-    assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
-    monkeypatch.setattr(train, "WORLD", 2)  # two processes share a batch of twice the size
-    single, parts = replace(config, batch_size=1), []
-    for rank in (0, 1):
-        monkeypatch.setattr(train, "RANK", rank)
-        parts.append(train.batch(single, A, B, 1, 4))
-    assert all((np.concatenate(part) == b).all() for *part, b in zip(*parts, again))
-
-@pytest.fixture(scope="module")
-def swapped(place):
-    """What two runs of one epoch say; the second has one of two of decay, so half of its rate."""
-    line = f"train.py --dataA oranges --dataB apples {SMALL}"
-    return [ok(place, f"{line} {schedule}") for schedule in (
+def test_the_decaying_rate_reaches_adam_and_small_domains_are_drawn_from(user):
+    lines = [f"train.py --dataA oranges --dataB apples {SMALL} {schedule}" for schedule in (
         "--lr 2e-4 --epochs 1 --decay-epochs 0", "--lr 4e-4 --epochs 0 --decay-epochs 1")]
+    outs = [*ok(user, lines[0]), *ok(user, lines[1])]  # the second at half of its rate
+    assert all("finished after step 5" in out for out in outs)  # max(3, 5)
+    assert "new run runs/oranges-apples," in outs[0]  # the next free name
+    assert "new run runs/oranges-apples-2," in outs[1]
+    assert same_state(user / "runs" / "oranges-apples", user / "runs" / "oranges-apples-2")
 
-def test_the_decaying_rate_reaches_adam(swapped, place):
-    assert same_state(*(place / "runs" / name for name in ("oranges-apples", "oranges-apples-2")))
 
-def test_small_domains_are_drawn_from_for_the_whole_epoch(swapped):
-    assert "finished after step 5" in swapped[0]  # max(3, 5)
-
-def test_new_runs_take_the_next_free_name(swapped):
-    assert "new run runs/oranges-apples," in swapped[0]
-    assert "new run runs/oranges-apples-2," in swapped[1]
-
-def test_interrupted_and_resumed_equals_uninterrupted(place):
+def test_interrupted_and_resumed_equals_uninterrupted(user):
     new = f"{TRAIN} --buffer-size 3 --out"
     line = f"{new} stopped"
     for epoch, number in ((3, signal.SIGINT), (6, signal.SIGTERM), (9, signal.SIGHUP)):
-        process = launch(place, line)
+        process = launch(user, line)
         wait_for(process, f"epoch {epoch}/")
         process.send_signal(number)
         [(status, out, _)] = finish(process, timeout=60)
         assert status == 128 + number and "python train.py --resume stopped" in out
-        steps = steps_of(place / "stopped")
+        steps = steps_of(user / "stopped")
         assert f"stopped after step {steps};" in out
         line = "train.py --resume stopped"
-    with open(place / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
+    with open(user / "stopped" / "losses.csv", "a") as log:  # as if killed after the checkpoint
         log.write(f"{steps + 1},3,0.0002,1,1,1,1,1\n²,\nx\n\n{steps + 2},3,0.0")
-    side_by_side(ok, place, *(f"{each} --max-steps {steps + 7}" for each in (line, f"{new} whole")))
-    assert same_state(place / "stopped", place / "whole")
-    assert steps_of(place / "stopped") == steps + 7
-    one, two = ((place / name / "losses.csv").read_text() for name in ("stopped", "whole"))
+    last = steps + 10 - steps % 5  # the end of an epoch
+    ok(user, *(f"{each} --max-steps {last}" for each in (line, f"{new} whole")))
+    assert same_state(user / "stopped", user / "whole")
+    assert steps_of(user / "stopped") == last
+    assert load_checkpoint(user / "whole" / "latest.pt")[1]["epoch"] == last // 5
+    one, two = ((user / name / "losses.csv").read_text() for name in ("stopped", "whole"))
     assert one == two
+    assert "nothing to do" in ok(user, f"{line} --max-steps {last}")[0]
+
 
 @pytest.fixture(scope="module")
-def killed(place):
+def killed(user):
     """A run killed after an epoch's end, half-written files in it, while others tried to begin."""
-    new, folder = f"{TRAIN} --save-minutes 1e-9 --sample-every 3 --out killed", place / "killed"
-    process = launch(place, new)
+    new, folder = f"{TRAIN} --save-minutes 1e-9 --sample-every 3 --out killed", user / "killed"
+    process = launch(user, new)
     wait_for(process, "new run")
     assert load_checkpoint(folder / "latest.pt")[1]["sample_every"] == 3  # from the beginning
     wait_for(process, "epoch 4/")
-    refused = side_by_side(run, place, "train.py --resume killed", new)
+    refused = run(user, "train.py --resume killed", new)
     process.kill()
     process.communicate()
     for name in ("latest.pt", "cache/A-0123.bytes", "samples/epoch_0007.png"):
@@ -1068,35 +1261,38 @@ def killed(place):
     assert steps_of(folder) >= 15  # saved after every step
     return folder, refused
 
+
 def test_one_training_at_a_time_is_at_work_in_a_run(killed):
-    reasons = ("another training is at work in killed", "--out killed is not empty")
+    reasons = ("another run of train.py is at work in killed", "--out killed is not empty")
     for (status, _, err), reason in zip(killed[1], reasons):
         assert status == 1 and len(err.splitlines()) == 1 and reason in err, err
 
-def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, place):
+
+def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, user):
     checkpoint = (killed[0] / "latest.pt").read_bytes()
     log = (killed[0] / "losses.csv").read_text().splitlines(keepends=True)
     line = len("".join(log[:steps_of(killed[0]) + 1])) + 20  # the checkpoint's log, not a line more
     cases = {"full1": (len(checkpoint) // 2, "latest.pt"), "full2": (100, "losses.csv"),
              "full3": (line, "losses.csv")}
     for name in cases:
-        shutil.copytree(killed[0], place / name)
-    ends = finish(*(launch(place, f"train.py --resume {name}", preexec_fn=functools.partial(
+        shutil.copytree(killed[0], user / name)
+    ends = finish(*(launch(user, f"train.py --resume {name}", preexec_fn=functools.partial(
         resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)))
         for name, (limit, _) in cases.items()), timeout=60)
     for (status, _, err), (name, (_, file)) in zip(ends, cases.items()):
         assert status == 1 and len(err.splitlines()) == 1, err
         assert f"cannot write {name}/{file}" in err
-        assert (place / name / "latest.pt").read_bytes() == checkpoint
-        assert not list((place / name).rglob("*.part"))
+        assert (user / name / "latest.pt").read_bytes() == checkpoint
+        assert not list((user / name).rglob("*.part"))
 
-def test_a_killed_run_goes_on_by_resume_alone(killed, place):
+
+def test_a_killed_run_continues_by_resume_alone(killed, user):
     folder, steps = killed[0], steps_of(killed[0])
-    (place / "begun").mkdir()
+    (user / "begun").mkdir()
     for name in (".lock", "latest.pt.part"):  # killed before the first checkpoint
-        (place / "begun" / name).write_bytes(b"PK")
-    side_by_side(ok, place, f"train.py --resume killed --max-steps {steps + 12}",
-                 f"{TRAIN} --out begun --max-steps 1")
+        (user / "begun" / name).write_bytes(b"PK")
+    ok(user, f"train.py --resume killed --max-steps {steps + 12}",
+       f"{TRAIN} --out begun --max-steps 1")
     assert logged_steps(folder) == list(range(1, steps + 13))
     after = load_checkpoint(folder / "latest.pt")[1]
     assert after["save_minutes"] == 1e-9 and after["sample_every"] == 3
@@ -1104,15 +1300,17 @@ def test_a_killed_run_goes_on_by_resume_alone(killed, place):
     assert not (folder / "samples" / "epoch_0004.png").exists()
     assert not list(folder.glob("epoch_*.pt")) and not list(folder.rglob("*.part"))
 
+
 PART_OF_A_STEP = """
 import time, torch, train
 from cyclegan import Config, CycleGAN
 from test_cyclegan import TINY, noise, state_of
 group, rank = train.connect(torch.device("cpu")), train.RANK
-assert train.agree(group, rank, -rank, False) == (1, 0, 0)
+assert train.max_over_processes(group, rank, -rank, False) == [1, 0, 0]
+assert train.from_rank_0(group, f"from {rank}") == "from 0"
 began = time.perf_counter()
 time.sleep(1 - rank)
-train.agree(group)
+torch.distributed.barrier(group)
 assert time.perf_counter() - began > 0.9  # they wait for each other
 model = CycleGAN(Config(**TINY, buffer_size=2)).double()
 for k in range(4):
@@ -1120,6 +1318,7 @@ for k in range(4):
     losses = model.step(x, y)
 torch.save([*state_of(model), *losses.values()], f"rank{rank}.pt")
 """
+
 
 def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
     (tmp_path / "part.py").write_text(PART_OF_A_STEP)
@@ -1135,99 +1334,109 @@ def test_two_processes_take_the_step_of_one_with_both_pictures(tmp_path):
         assert torch.equal(one, two)  # the processes agree to the last bit
         assert (one - whole).abs().max() < 1e-12 if one.numel() else one.shape == whole.shape
 
-def test_two_processes_train_as_one_and_hand_over(place):
-    ends = finish(launch(place, f"{TRAIN} --epochs 2 --decay-epochs 2 --out two", processes=2),
-                  launch(place, f"{TRAIN} --epochs 1 --decay-epochs 1 --out handed --max-steps 2"),
+
+def test_two_processes_train_as_one_and_hand_over(user):
+    ends = finish(launch(user, f"{TRAIN} --epochs 2 --decay-epochs 2 --out two", processes=2),
+                  launch(user, f"{TRAIN} --epochs 1 --decay-epochs 1 --out handed --max-steps 2"),
                   timeout=120)
     outs, errs = [out for _, out, _ in ends], [err for *_, err in ends]
     assert "finished after step 12" in outs[0] and "stopped after step 2" in outs[1], errs
     assert outs[0].count("finished") == 1 == outs[0].count("A: 5 pictures")
     assert "step 12/12 |" in outs[0] and "step 2/2 |" in outs[1]
-    one, two = (np.loadtxt(place / name / "losses.csv", delimiter=",", skiprows=1)
+    one, two = (np.loadtxt(user / name / "losses.csv", delimiter=",", skiprows=1)
                 for name in ("trained", "two"))
     assert np.allclose(one, two, rtol=1e-4)  # float32; sums differ in their order
     assert not np.allclose(one[0, 3:], one[1, 3:], rtol=1e-4)  # the control: steps differ
-    ends = finish(launch(place, "train.py --resume two --epochs 3"),  # 5 steps of one picture more
-                  launch(place, "train.py --resume handed", processes=2),  # 2 to 5 pictures, then 3
+    ends = finish(launch(user, "train.py --resume two --epochs 3"),  # 5 steps of one picture more
+                  launch(user, "train.py --resume handed", processes=2),  # 2 to 5 pictures, then 3
                   timeout=120)
     assert "finished after step 17" in ends[0][1] and "finished after step 7" in ends[1][1], ends
-    assert logged_steps(place / "two") == list(range(1, 18))
+    assert logged_steps(user / "two") == list(range(1, 18))
 
-def test_one_process_of_a_machine_reads_pictures_before_its_others(monkeypatch):
-    place = {"demo": False, "data": ["A", "B"]}
-    for rank, local_rank, turn in ((0, 0, 0), (8, 0, 1), (1, 1, 2), (9, 1, 2)):
-        done = []
-        monkeypatch.setattr(train, "RANK", rank)
-        monkeypatch.setattr(train, "LOCAL_RANK", local_rank)
-        monkeypatch.setattr(train, "agree", lambda _, *values: done.append("wait") or values)
-        monkeypatch.setattr(train, "cached", lambda folder, *_: done.append(folder.name) or [])
-        train.open_pictures(Path("run"), place, 28, None)
-        assert done.index("A") == done.index("B") - 1 == turn and done.count("wait") == 4
 
-def test_the_end_of_one_process_ends_the_other(place):
-    def end_the_second(line, number, *beginnings):
-        pair = launch(place, line, processes=2)
-        for beginning in beginnings:
-            wait_for(pair, beginning)
-        workers = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
-        os.kill(int(workers[1]), number)
-        [(status, out, err)] = finish(pair, timeout=30)
-        return status, out, err, steps_of(place / "pair")
+def test_two_processes_stopped_and_resumed_equal_two_never_stopped(user):
+    pair = launch(user, f"{TRAIN} --out pair", processes=2)
+    wait_for(pair, "epoch 2/")
+    workers = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGTERM)  # one stops, and the other too
+    [(_, out, err)] = finish(pair, timeout=60)
+    assert "everything is saved in pair; continue with" in out, err
+    last = steps_of(user / "pair") + 4
+    assert logged_steps(user / "pair") == list(range(1, last - 3))
+    ends = finish(*(launch(user, f"{line} --max-steps {last}", processes=2) for line in (
+        "train.py --resume pair", f"{TRAIN} --out never")), timeout=120)
+    assert all(status == 0 for status, *_ in ends), ends
+    assert same_state(user / "pair", user / "never") and steps_of(user / "never") == last
 
-    status, _, err, steps = end_the_second(f"{TRAIN} --out pair", signal.SIGKILL, "epoch 2/")
-    assert status and "train.py (rank 0): another process of this run has ended" in err
+
+def test_the_end_of_one_process_ends_the_other(user):
+    pair = launch(user, f"{TRAIN} --out dying", processes=2)
+    wait_for(pair, "epoch 2/")
+    workers = Path(f"/proc/{pair.pid}/task/{pair.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    [(status, _, err)] = finish(pair, timeout=30)
+    assert status and "train.py (rank 0): another process failed; see its message" in err
     assert err.count("Traceback") == 1  # torchrun's own
-    _, out, err, last = end_the_second("train.py --resume pair", signal.SIGTERM, f"run pair from "
-                                       f"step {steps} on", f"epoch {steps // 3 + 2}/")
-    assert "all is saved in pair; go on with" in out, err
-    assert logged_steps(place / "pair") == list(range(1, last + 1))  # one stops, and the other too
 
-def test_training_outlives_its_reader_and_under_nohup_its_terminal(place):
-    process = launch(place, f"{TRAIN} --max-steps 60 --out unread",
+
+def test_training_outlives_its_reader_and_under_nohup_its_terminal(user):
+    process = launch(user, f"{TRAIN} --max-steps 60 --out unread",
                      preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     wait_for(process, "epoch 2")
     process.stdout.close()  # as | head does
     process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0 and not process.stderr.read()
-    assert steps_of(place / "unread") == 60
+    assert steps_of(user / "unread") == 60
 
-def test_translations_keep_names_folders_and_sizes(place):
-    out, _ = side_by_side(
-        ok, place, "translate.py apples --checkpoint trained --out there",
+
+def test_translations_keep_names_folders_and_sizes(user):
+    twin = authors_file(user / "horse2zebra" / "latest_net_G_B.pth", "old")
+    Image.fromarray(photograph()).save(user / "a photograph.png")
+    outs = ok(
+        user, "translate.py apples --checkpoint trained --out there",
         "translate.py 'apples/apples 2.png' 'apples/more/apples 1.jpg' --direction BtoA"
-        " --checkpoint trained/epoch_0004.pt --out two --side-by-side")
+        " --checkpoint trained/epoch_0004.pt --out two --side-by-side",
+        "translate.py 'a photograph.png' --checkpoint horse2zebra --direction BtoA --out there")
     names = {"apples 0", "more/apples 1", "apples 2", "apples 3", "apples 4"}
-    assert {str(p.relative_to(place / "there").with_suffix(""))
-            for p in (place / "there").rglob("*.png")} == names
-    assert "5 translated" in out
-    picture = read_picture(place / "apples" / "apples 2.png")
-    model, _ = load_checkpoint(place / "trained" / "latest.pt")
+    printed = outs[0].splitlines()  # a line for each result
+    assert set(printed[1:-1]) == {f"there/{name}.png" for name in names} and len(printed) == 7
+    assert {str(p.relative_to(user / "there").with_suffix(""))
+            for p in (user / "there").rglob("*.png")} == names | {"a photograph"}
+    assert "5 translated" in printed[-1] and "1 picture\n" in outs[2]
+    picture = read_picture(user / "apples" / "apples 2.png")
+    model, _ = load_checkpoint(user / "trained" / "latest.pt")
     for folder, network, width in (("there", model.G, 41), ("two", model.F, 82)):
-        result = read_picture(place / folder / "apples 2.png")
+        result = read_picture(user / folder / "apples 2.png")
         assert result.shape == (32, width, 3)
-        assert (result[:, -41:] == cyclegan.translate(network, picture[None])[0]).all()
+        assert (result[:, -41:] == cyclegan.translate(network, picture)).all()
     assert (result[:, :41] == picture).all()
+    result = read_picture(user / "there" / "a photograph.png")
+    assert np.abs(result - by_twin(twin, photograph())).max() < 1
+    assert load_generator(user / "trained").config == model.config
 
-def test_nothing_is_written_over(place):
-    shutil.copytree(place / "apples", place / "twice" / "apples")
-    shutil.copy(place / "apples" / "apples 3.jpg", place / "twice" / "apples" / "apples 0.jpg")
-    for _ in range(2):  # but results of an earlier call are
-        ok(place, "translate.py twice --checkpoint trained --out twice-out")
-    assert len(list((place / "twice-out").rglob("*.png"))) == 6
-    assert (place / "twice-out" / "apples" / "apples 0-2.png").is_file()
+
+def test_nothing_is_written_over(user):
+    shutil.copytree(user / "apples", user / "twice" / "apples")
+    shutil.copy(user / "apples" / "apples 3.jpg", user / "twice" / "apples" / "apples 0.jpg")
     for name in ("mine", "large", "folder/apples 1.png"):
-        (place / name).mkdir(parents=True)
-    Image.new("1", (20000, 10000)).save(place / "large" / "apples 1.png")
-    mine = shutil.copy(place / "oranges" / "oranges 0.png", place / "mine" / "apples 1.png")
+        (user / name).mkdir(parents=True)
+    Image.new("1", (20000, 10000)).save(user / "large" / "apples 1.png")
+    mine = shutil.copy(user / "oranges" / "oranges 0.png", user / "mine" / "apples 1.png")
+    twice = "translate.py twice --out twice-out"  # but results of an earlier call are
     cases = {"translate.py apples --out apples": "apples/apples 0.png",
              "translate.py twice-out --out twice-out": "apples 0-2.png",  # ours, but a source
              "translate.py apples/more --out mine": "mine/apples 1.png",  # no source, but not ours
              "translate.py apples/more --out large": "large/apples 1.png",  # nor to be opened
              "translate.py apples/more --out folder": "folder/apples 1.png"}
-    ends = side_by_side(run, place, *(f"{line} --checkpoint trained" for line in cases))
+    for _ in range(2):
+        ok(user, f"{twice} --checkpoint trained")
+    ends = run(user, *(f"{line} --checkpoint trained" for line in cases))
+    assert len(list((user / "twice-out").rglob("*.png"))) == 6
+    assert (user / "twice-out" / "apples" / "apples 0-2.png").is_file()
     for (status, _, err), target in zip(ends, cases.values()):
-        assert status == 1 and f"{target} is there" in err
-    assert Path(mine).read_bytes() == (place / "oranges" / "oranges 0.png").read_bytes()
+        assert status == 1 and re.search(f"{target} (exists and was not|is itself to be)", err), err
+    assert Path(mine).read_bytes() == (user / "oranges" / "oranges 0.png").read_bytes()
+
 
 def test_pictures_of_one_size_go_together_and_what_memory_cannot_hold_is_skipped(
         tmp_path, monkeypatch, capsys):
@@ -1248,8 +1457,9 @@ def test_pictures_of_one_size_go_together_and_what_memory_cannot_hold_is_skipped
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png"}
     assert (read_picture(tmp_path / "out" / "c.png") == 255).all()
 
-def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
-    shutil.copytree(place / "apples", tmp_path / "photos")
+
+def test_results_below_their_sources_are_not_translated_again(user, tmp_path):
+    shutil.copytree(user / "apples", tmp_path / "photos")
     out = tmp_path / "photos" / "translated"
     pairs = translate.plan([tmp_path / "photos"], out)
     for _, target in pairs:
@@ -1257,27 +1467,29 @@ def test_results_below_their_sources_are_not_translated_again(place, tmp_path):
     assert translate.plan([tmp_path / "photos"], out) == pairs and len(pairs) == 5
     assert len(translate.plan([out], tmp_path / "there")) == 5  # unless they are asked for
 
+
 @pytest.fixture(scope="module")
-def bad(place):
+def bad(user):
     """Things that can go wrong, beside the good ones."""
     for name in ("empty", "texts", "broken", "some"):
-        (place / name).mkdir()
-    (place / "texts" / "a.txt").write_text("no picture")
-    (place / "broken" / "a.png").write_bytes((place / "apples" / "apples 0.png").read_bytes()[:200])
+        (user / name).mkdir()
+    (user / "texts" / "a.txt").write_text("no picture")
+    (user / "broken" / "a.png").write_bytes((user / "apples" / "apples 0.png").read_bytes()[:200])
     for name in ("broken/a.png", "apples/apples 2.png"):
-        shutil.copy(place / name, place / "some")
-    Image.new("1", (12000, 12000)).save(place / "some" / "huge.png")
-    os.mkfifo(place / "pipe.png")
-    (place / "some" / "loop.png").symlink_to("loop.png")
-    shutil.copytree(place / "trained", place / "some" / "a run",
+        shutil.copy(user / name, user / "some")
+    Image.new("1", (12000, 12000)).save(user / "some" / "huge.png")
+    os.mkfifo(user / "pipe.png")
+    (user / "some" / "loop.png").symlink_to("loop.png")
+    shutil.copytree(user / "trained", user / "some" / "a run",
                     ignore=shutil.ignore_patterns("cache"))
-    shutil.copy(place / "apples" / "apples 0.png", place / "some" / ("l" * 251 + ".png"))
-    (place / "file").write_text("a file")
+    shutil.copy(user / "apples" / "apples 0.png", user / "some" / ("l" * 251 + ".png"))
+    (user / "file").write_text("a file")
     for name in ("cut", "text", "other", "fewer"):  # one for each, as they go side by side
-        shutil.copytree(place / "trained", place / name)
-    (place / "cut" / "latest.pt").write_bytes((place / "trained" / "latest.pt").read_bytes()[:5000])
-    (place / "text" / "latest.pt").write_text("hello")
-    return place
+        shutil.copytree(user / "trained", user / name)
+    (user / "cut" / "latest.pt").write_bytes((user / "trained" / "latest.pt").read_bytes()[:5000])
+    (user / "text" / "latest.pt").write_text("hello")
+    return user
+
 
 MISTAKES = {  # a command line, and what its one sentence says
     "missing folder": ("train.py --dataA nowhere --dataB oranges", "nowhere"),
@@ -1310,56 +1522,57 @@ MISTAKES = {  # a command line, and what its one sentence says
 if not torch.cuda.is_available():
     MISTAKES["no CUDA"] = (f"{TRAIN} --device cuda", "--device cuda")
 
+
 @pytest.fixture(scope="module")
 def mistakes(bad):
     """What each mistake gave, and the names of what all of them left behind."""
     before = set(bad.rglob("*"))
-    results = side_by_side(run, bad, *(line for line, _ in MISTAKES.values()))
+    results = run(bad, *(line for line, _ in MISTAKES.values()))
     left = {path.relative_to(bad).parts[0] for path in set(bad.rglob("*")) - before}
     return dict(zip(MISTAKES, results)), left
+
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_get_one_sentence(mistakes, case):
     status, _, err = mistakes[0][case]
-    assert status not in (0, None) and MISTAKES[case][1] in err
+    assert status != 0 and MISTAKES[case][1] in err, err
     assert err.startswith("usage:") or len(err.splitlines()) == 1, err
+
 
 def test_mistakes_leave_nothing_behind(mistakes, bad):
     assert mistakes[1] == {"exploded", "overflowed"}
     assert [steps_of(bad / name) for name in mistakes[1]] == [0, 0]  # the last good one
 
+
+def test_several_processes_without_their_addresses_get_one_sentence(tmp_path):
+    alone = launch(tmp_path, "train.py", env={**ENVIRONMENT, "WORLD_SIZE": "2"})
+    [(status, _, err)] = finish(alone, timeout=60)
+    assert status == 1 and len(err.splitlines()) == 1, err
+    assert "WORLD_SIZE is 2" in err and "torchrun" in err
+
+
+def test_a_checkpoint_writes_nothing_outside_of_its_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / "latest.pt", CycleGAN(Config(**TINY)), {
+        **PLACE, "demo": True, "data": ["../outside/apples", "../outside/oranges"]})
+    [(status, _, err)] = run(tmp_path, "train.py --resume run")
+    assert status == 1 and "outside" in err and not (tmp_path / "outside").exists()
+
+
 def test_unreadable_pictures_are_named_and_skipped(bad):
-    trained, translated = side_by_side(
-        run, bad, f"train.py --dataA some --dataB oranges {SMALL} --max-steps 1 --out partly",
+    trained, translated = run(
+        bad, f"train.py --dataA some --dataB oranges {SMALL} --max-steps 1 --out partly",
         "translate.py some --checkpoint trained --out partly-out")
-    assert trained[0] == 0 and translated[0] == 1
+    assert trained[0] == 0 and translated[0] == 1, (trained, translated)
     assert "skipped: cannot read some/a.png" in trained[1].replace(f"{bad}/", "")
     assert "A: 2 pictures" in trained[1] and "3 of 5 pictures skipped" in trained[1]
     assert "2 translated" in translated[1] and "some/a.png" in translated[2]
     assert "some/huge.png" in trained[1] and "some/huge.png" in translated[2]
     assert {p.name for p in (bad / "partly-out").iterdir()} == {"apples 2.png", "l" * 251 + ".png"}
 
-def test_changed_folder_is_read_again(place, tmp_path, capsys):
-    folder, cache = tmp_path / "growing", tmp_path / "cache"
-    shutil.copytree(place / "apples", folder)
 
-    def read():
-        pictures = np.array(train.cached(folder, 28, cache, "A"))
-        [file] = cache.glob("A-*")
-        return pictures, file, file.stat().st_mtime_ns
+# ---- The demo ------------------------------------------------------------------------------------
 
-    pictures, file, made = read()
-    expected = [read_picture(path, 28) for path in cyclegan.find_pictures(folder)]
-    assert (pictures == np.stack(expected)).all() and len(expected) == 5
-    assert read()[2] == made
-    file.write_bytes(file.read_bytes()[:5000])
-    assert (read()[0] == pictures).all()
-    shutil.copy(place / "oranges" / "oranges 0.png", folder)
-    (folder / "nowhere.png").symlink_to("there is no such file")
-    more = read()[0]
-    assert len(more) == 6 and "nowhere.png" in capsys.readouterr().out
-    shutil.rmtree(folder)
-    assert (read()[0] == more).all() and "has gone" in capsys.readouterr().out
 
 def test_demo_scenes_differ_in_the_fruit_alone():
     scene = train.draw_scene(np.random.default_rng(0))
@@ -1369,35 +1582,42 @@ def test_demo_scenes_differ_in_the_fruit_alone():
     red, orange = apples[fruit].mean(0), oranges[fruit].mean(0)
     assert red[0] > 2 * red[1] and 0.4 < orange[1] / orange[0] < 0.7
 
-def test_the_demo_is_judged_by_the_truth(capsys):
+
+def test_the_demo_is_measured_against_the_truth(capsys):
     def network(brighter):  # changes nothing but the brightness
         layer = nn.Conv2d(3, 3, 1)
         nn.init.dirac_(layer.weight)
         nn.init.constant_(layer.bias, brighter)
         return layer
 
-    train.judge_demo(SimpleNamespace(G=network(0.0), F=network(0.1)), 64)
+    train.evaluate_demo(SimpleNamespace(G=network(0.0), F=network(0.1),
+                                        config=Config(image_size=64, load_size=64)))
     G, F = capsys.readouterr().out.splitlines()
-    assert G.startswith("apples to oranges") and "fruit is 100% of that of doing nothing" in G
+    assert G.startswith("apples to oranges") and "fruit is 100% of the untranslated picture's" in G
     assert "outside the fruit it is 0.000" in G
     assert F.startswith("oranges to apples") and "outside the fruit it is 0.102" in F  # 13 levels
 
+
+# ==== The README ==================================================================================
+
 README = (HERE / "README.md").read_text()
+
 
 def blocks_of_readme(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
-def test_readme_commands_run_as_printed(place, tmp_path):
+
+def test_readme_commands_run_as_printed(user, tmp_path):
     lines = [line for block in blocks_of_readme("sh") for line in block.splitlines()]
     assert "python translate.py" in lines
     assert any(line.endswith("&& python train.py") for line in lines)
     for name in ("README.md", "requirements.txt", *(path.name for path in HERE.glob("*.py"))):
         shutil.copy(HERE / name, tmp_path)
     for name in {name for line in lines for name in re.findall(r"--data[AB] (\S+)", line)}:
-        shutil.copytree(place / "apples", tmp_path / name)
+        shutil.copytree(user / "apples", tmp_path / name)
     for name in ("folder", "horses"):
-        shutil.copytree(place / "apples" / "more", tmp_path / name)
-    shutil.copy(place / "apples" / "more" / "apples 1.jpg", tmp_path / "photo.jpg")
+        shutil.copytree(user / "apples" / "more", tmp_path / name)
+    shutil.copy(user / "apples" / "more" / "apples 1.jpg", tmp_path / "photo.jpg")
     authors_file(tmp_path / "horse2zebra" / "latest_net_G.pth", "plain")
 
     def run_line(line):
@@ -1410,7 +1630,7 @@ def test_readme_commands_run_as_printed(place, tmp_path):
         if "torchrun" in line or "--out runs/" in line:  # the paper's size takes long on a CPU
             line += " --width 2 --blocks 1"
         done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PATH": ENVIRONMENT["PATH"]})
+                              env=ENVIRONMENT)
         if "--device cuda" in line and not torch.cuda.is_available():
             assert done.returncode == 1 and done.stderr.startswith("train.py: --device cuda: ")
         else:
@@ -1427,22 +1647,24 @@ def test_readme_commands_run_as_printed(place, tmp_path):
     settings = load_checkpoint(tmp_path / "runs/cityscapes/latest.pt")[0].config
     assert (settings.image_size, settings.load_size, settings.lambda_identity) == (128, 143, 0)
 
-def test_readme_points_at_the_lines_that_it_names():
-    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(links) > 15
-    for name, file, number in links:
-        line = (HERE / file).read_text().splitlines()[int(number) - 1].strip()
-        assert line.startswith((name, f"def {name}(", f"class {name}(")), (name, number, line)
+
+def test_readme_names_what_is_there():
+    names = set(re.findall(r"\[`(\w+)`\]\(cyclegan\.py\)", README))
+    assert len(names) > 8 and all(hasattr(cyclegan, name) or hasattr(CycleGAN, name)
+                                  for name in names), names
     tests = set(re.findall(r"`(test_\w+)`", README)) - {"test_cyclegan"}
-    assert len(tests) > 7 and tests <= globals().keys()
+    assert len(tests) > 7 and tests <= globals().keys(), tests - globals().keys()
     for target in re.findall(r'(?:src="|\]\()([\w/]+\.(?:png|gif|py|md))', README):
         assert (HERE / target).is_file(), target
 
+
 def test_readme_shows_the_step_as_it_is():
     step = blocks_of_readme("python")[0]
-    assert "fake_y" in step and len(step.splitlines()) > 10
-    code = (HERE / "cyclegan.py").read_text()
-    assert "".join(" " * 12 + line + "\n" for line in step.splitlines()) in code
+    assert "in_one_batch" in step and len(step.splitlines()) > 10
+    code = " ".join((HERE / "cyclegan.py").read_text().split())
+    for part in step.split("\n\n"):
+        assert " ".join(part.split()) in code, part
+
 
 def test_readme_computes_table_3(tmp_path):
     road, car, void = (128, 64, 128), (0, 0, 142), (0, 0, 0)
@@ -1457,7 +1679,9 @@ def test_readme_computes_table_3(tmp_path):
     # By hand, void left out: 3 of 4 pixels; road 2 of 3, car 1 of 1; IoU 2 of 3 and 1 of 2.
     assert np.allclose(numbers, [3 / 4, (2 / 3 + 1) / 2, (2 / 3 + 1 / 2) / 2]), done.stderr
 
-# ---- The benchmark -------------------------------------------------------------------------------
+
+# ==== The benchmark ===============================================================================
+
 
 def timed(step, rounds, cuda):
     """Milliseconds of a step, the mean of some in a row, between two waits for the device."""
@@ -1468,54 +1692,46 @@ def timed(step, rounds, cuda):
         torch.cuda.synchronize()
     return 1000 * (time.perf_counter() - began) / rounds
 
+
 def benchmark(rounds=30):
     """Times our step and the literal one in turns: the paper's size on a GPU, else a small one."""
     cuda = torch.cuda.is_available()
     torch.backends.cudnn.benchmark = True
-    small = Config(image_size=64, load_size=72, width=32, blocks=6)
-    device, config = ("cuda", Config()) if cuda else ("cpu", small)
+    device, config = ("cuda", Config()) if cuda else ("cpu", Config(image_size=64, width=32))
     print(f"{config.image_size} x {config.image_size}, width {config.width}, {config.blocks} blocks"
           f", torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'cpu'}")
     for batch_size in (1, 8) if cuda else (1,):
-        shape = (batch_size, 3, config.image_size, config.image_size)
-        x, y = (noise(*shape, seed=s, dtype=torch.float32).to(device, memory_format=layout(device))
-                for s in (0, 1))
-
-        def literal():
-            model = CycleGAN(config)
-            draws, twin = model.draws(x), Twin(config, model.to(device))
-            return lambda: twin.step(x, y, draws)
-
-        def ours(precision):
-            model = CycleGAN(config, device, precision)
-            return lambda: model.step(x, y)
-
-        makers = {"literal": literal, "ours": lambda: ours("fp32")}
-        if cuda:
-            makers["ours, bf16"] = lambda: ours("bf16")
+        makers = {"literal": Twin, "ours": lambda model: model}
         peaks = {}
-        for name, make in makers.items() if cuda else ():  # the memory of each alone
+        for name in makers if cuda else ():  # the memory of each alone
             torch.cuda.reset_peak_memory_stats()
-            timed(make(), 6, cuda)
+            timed(stepping(makers[name], config, device, batch_size), 6, cuda)
             peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB"
             gc.collect()
             torch.cuda.empty_cache()
-        steps = {name: make() for name, make in makers.items()}
-        taken = {name: [] for name in makers}
-        for step in steps.values():
-            timed(step, 6, cuda)
-        for _ in range(rounds):
+        steps = {name: stepping(make, config, device, batch_size) for name, make in makers.items()}
+        taken = {name: [] for name in steps}
+        for k in range(rounds + 1):
             for name, step in steps.items():
-                taken[name].append(timed(step, 10 if cuda else 1, cuda))
+                ms = timed(step, 10 if cuda else 1, cuda)
+                taken[name] += [ms] * (k > 0)  # the first warms up
         for name, times in taken.items():
             ms = statistics.median(times)
             ratios = sorted(a / b for a, b in zip(taken["literal"], times))
-            # 1.88 TFLOP a pair of pictures, at the 790 TFLOP/s of bf16 that a H200 reaches
-            floor = f"{1.88e12 * batch_size / 790e12 * 1000 / ms:8.0%} of the bf16 floor" * cuda
-            print(f"batch {batch_size}  {name:10} {ms:8.2f} ms/step {2000 * batch_size / ms:8.1f} "
-                  f"pictures/s {peaks.get(name, '')}{floor}   literal / {name}: "
-                  f"{statistics.median(ratios):.2f}, half of the pairs within "
+            print(f"batch {batch_size}  {name:10} {ms:8.2f} ms/step {peaks.get(name, '')}   "
+                  f"literal / {name}: {statistics.median(ratios):.2f}, half of the pairs within "
                   f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}")
+
+
+def stepping(make, config, device, batch_size):
+    """A function that takes a step of what `make` makes of a model."""
+    stepper = make(CycleGAN(config, device, "fp32" if make is Twin else "auto"))
+    shape = (batch_size, 3, config.image_size, config.image_size)
+    x, y = (noise(*shape, seed=s, dtype=torch.float32).to(
+        device, memory_format=cyclegan.memory_format(torch.device(device))) for s in (0, 1))
+    draws = [cyclegan.buffer_draws(0, 0, x)] if make is Twin else []
+    return lambda: stepper.step(x, y, *draws)
+
 
 if __name__ == "__main__":
     benchmark(*map(int, sys.argv[1:]))

@@ -15,12 +15,23 @@ from pathlib import Path
 import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
-from cyclegan import (UserError, find_pictures, load_generator, out_of_memory, pick, png,
-                      read_checkpoint, read_picture, translate, write_file)
+from cyclegan import (
+    UserError,
+    choose_device,
+    find_pictures,
+    load_generator,
+    out_of_memory,
+    png,
+    read_checkpoint,
+    read_picture,
+    translate,
+    write_file,
+)
 
 PIXELS = 2**20  # at most, of the pictures that pass the network together
 AHEAD = 8  # pictures that are read, and as many that are written, while others are translated
-SOFTWARE = "cyclegan.py"  # marks results, which alone later calls may replace
+SOFTWARE = "cyclegan.py"  # marks our results; only these may be overwritten
+
 
 def parse():
     parser = argparse.ArgumentParser(usage="translate.py [option ...] [PICTURE_OR_FOLDER ...]",
@@ -28,7 +39,7 @@ def parse():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("pictures").add_argument
     add("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER",
-        help="what to translate (default: the pictures that the run learned from)")
+        help="what to translate (default: the pictures that the run was trained on)")
     add("--out", type=Path, metavar="FOLDER",
         help="folder of the results (default: translated-AtoB or -BtoA in the run's folder)")
     add("--side-by-side", action="store_true",
@@ -45,79 +56,80 @@ def parse():
         help="arithmetic of the network (default: bf16 on a CUDA GPU that has it, else fp32)")
     return parser.parse_args()
 
+
+# ---- What to translate, and where to ------------------------------------------------------------
+
+
 def newest_run():
     runs = sorted(Path("runs").glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("there is no run in runs/; train one, or name a --checkpoint")
     return runs[-1].parent
 
-def trained_on(checkpoint, run, direction):
-    """The folder of the pictures from which a run learned to translate in this direction."""
+
+def training_pictures(checkpoint, direction):
+    """The folder of the pictures that a run translates in this direction in training."""
+    run = run_folder(checkpoint)
     path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
     try:
         return run / read_checkpoint(path)["place"]["data"][direction == "BtoA"]
     except (LookupError, TypeError, UserError):
-        raise UserError(f"{checkpoint} is of no run; name the pictures to translate") from None
+        raise UserError(f"{checkpoint} is not from a run; name the pictures to translate") from None
+
+
+def run_folder(checkpoint):
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
 
 def plan(inputs, out):
     """[(source, target)]: folders keep their structure, names end in .png, no target stands twice.
 
-    Raises UserError if an input is missing, or a target is a source or no result of this program.
+    Raises UserError if an input is missing, or if a target is a source, or exists and was not
+    written by this program.
     """
-    pairs, real_out = {}, Path(os.path.realpath(out))
+    pairs = {}  # by the target in lower case, as some file systems do not tell A.png from a.png
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
-        real = Path(os.path.realpath(given))
-        for source in find_pictures(given) if given.is_dir() else [given]:
-            if real in real_out.parents and real_out in Path(os.path.realpath(source)).parents:
-                continue  # a result of an earlier call
-            name = source.relative_to(given) if given.is_dir() else Path(source.name)
-            if given.is_dir() and len(inputs) > 1:
-                name = real.name / name
+        for source, name in sources(given, out, within_folder=len(inputs) > 1):
             target, number = out / name.with_suffix(".png"), 2
-            while str(target).lower() in pairs:  # a.jpg and a.png, or A.jpg where case is nothing
+            while str(target).lower() in pairs:  # as of a.jpg and a.png
                 target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
             pairs[str(target).lower()] = source, target
-    sources = {os.path.realpath(source) for source, _ in pairs.values()}
+    taken = {os.path.realpath(source) for source, _ in pairs.values()}
     for _, target in pairs.values():
-        if os.path.realpath(target) in sources or target.exists() and not translated(target):
-            raise UserError(f"{target} is there, and not from here; choose another --out")
-    return [*pairs.values()]
+        if os.path.realpath(target) in taken:
+            raise UserError(f"{target} is itself to be translated; choose another --out")
+        if target.exists() and not is_result(target):
+            raise UserError(f"{target} exists and was not written by translate.py; choose another "
+                            "--out")
+    return list(pairs.values())
 
-def translated(path):
+
+def sources(given, out, within_folder):
+    """Yields (picture, its path below --out) for an argument, but no results of earlier calls."""
+    if not given.is_dir():
+        yield given, Path(given.name)
+        return
+    folder, real_out = Path(os.path.realpath(given)), Path(os.path.realpath(out))
+    below = folder in real_out.parents
+    for source in find_pictures(given):
+        if below and real_out in Path(os.path.realpath(source)).parents and is_result(source):
+            continue
+        name = source.relative_to(given)
+        yield source, folder.name / name if within_folder else name
+
+
+def is_result(path):
     """Whether a path is the result of an earlier call, which may be replaced."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:  # the mark stands before the pixels
         return f"Software\0{SOFTWARE}".encode() in file.read(99)
 
-def skip(reason):
-    print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
-def write(target, *pictures):
-    mark = PngInfo()
-    mark.add_text("Software", SOFTWARE)
-    write_file(target, [png(np.concatenate(pictures, 1), pnginfo=mark)])
-    print(target, flush=True)
+# ---- Translating --------------------------------------------------------------------------------
 
-def groups(pairs, pool):
-    """Yields [(target, picture)] of one size, while threads read the next ones."""
-    def read(start):
-        return [(target, pool.submit(read_picture, source))
-                for source, target in pairs[start:start + AHEAD]]
-
-    coming = read(0)
-    for start in range(0, len(pairs), AHEAD):
-        some, coming, sizes = coming, read(start + AHEAD), {}
-        for target, picture in some:
-            try:
-                sizes.setdefault(picture.result().shape, []).append((target, picture.result()))
-            except UserError as error:
-                skip(error)
-        for (height, width, _), same in sizes.items():
-            most = max(1, PIXELS // (height * width))
-            yield from (same[i:i + most] for i in range(0, len(same), most))
 
 def translate_all(generator, precision, pairs, side_by_side):
     """Translates, while threads read what comes next and write what is done. Returns how many."""
@@ -133,34 +145,80 @@ def translate_all(generator, precision, pairs, side_by_side):
                 skip("too large for the memory here: " + ", ".join(map(str, targets)))
                 continue
             for target, picture, result in zip(targets, pictures, results):
-                writing.append(pool.submit(write, target, *[picture] * side_by_side, result))
-                done += 1
-            while len(writing) > AHEAD:
-                writing.popleft().result()
-        for written in writing:
-            written.result()
+                shown = np.hstack([picture, result]) if side_by_side else result
+                writing.append(pool.submit(write, target, shown))
+            done += print_written(writing, at_most=AHEAD)
+        done += print_written(writing, at_most=0)
     return done
+
+
+def print_written(writing, at_most):
+    """Waits until at_most results are still being written. Prints the others; returns how many."""
+    count = 0
+    while len(writing) > at_most:
+        print(writing.popleft().result(), flush=True)
+        count += 1
+    return count
+
+
+def groups(pairs, pool):
+    """Yields lists of (target, picture) of one size, while threads read the next ones."""
+    def read(start):
+        return [(target, pool.submit(read_picture, source))
+                for source, target in pairs[start:start + AHEAD]]
+
+    coming = read(0)
+    for start in range(0, len(pairs), AHEAD):
+        now, coming, sizes = coming, read(start + AHEAD), {}
+        for target, picture in now:
+            try:
+                sizes.setdefault(picture.result().shape, []).append((target, picture.result()))
+            except UserError as error:
+                skip(error)
+        for (height, width, _), same in sizes.items():
+            most = max(1, PIXELS // (height * width))
+            yield from (same[i:i + most] for i in range(0, len(same), most))
+
+
+def write(target, picture):
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    write_file(target, [png(picture, pnginfo=mark)])
+    return target
+
+
+def skip(reason):
+    print(f"skipped: {reason}", file=sys.stderr, flush=True)
+
+
+def run_program(options):
+    """Does what the command line says. Returns the exit status."""
+    device, precision = choose_device(options.device, options.precision)
+    checkpoint = options.checkpoint or newest_run()
+    generator = load_generator(checkpoint, options.direction, device)
+    run = run_folder(checkpoint)
+    home = run if (run / "latest.pt").is_file() else Path()
+    out = options.out or home / f"translated-{options.direction}"
+    inputs = options.pictures or [training_pictures(checkpoint, options.direction)]
+    pairs = plan(inputs, out)
+    count = f"{len(pairs)} picture{'' if len(pairs) == 1 else 's'}"
+    print(f"{checkpoint} {options.direction} on {device}, {count}", flush=True)
+    done = translate_all(generator, precision, pairs, options.side_by_side)
+    print(f"{done} translated into {out}, {len(pairs) - done} skipped")
+    return int(done < len(pairs))
+
 
 def main():
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     options = parse()
     try:
-        device, precision = pick(options.device, options.precision)
-        checkpoint = options.checkpoint or newest_run()
-        generator = load_generator(checkpoint, options.direction, device)
-        run = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        home = run if (run / "latest.pt").is_file() else Path()
-        out = options.out or home / f"translated-{options.direction}"
-        pairs = plan(options.pictures or [trained_on(checkpoint, run, options.direction)], out)
-        print(f"{checkpoint} {options.direction} on {device}, {len(pairs)} pictures", flush=True)
-        done = translate_all(generator, precision, pairs, options.side_by_side)
+        return run_program(options)
     except (UserError, OSError) as error:
         return f"translate.py: {error}"
     except KeyboardInterrupt:
         return "translate.py: stopped; the pictures listed above are done"
-    print(f"{done} translated into {out}, {len(pairs) - done} skipped")
-    return int(done < len(pairs))
+
 
 if __name__ == "__main__":
     sys.exit(main())
