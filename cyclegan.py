@@ -3,7 +3,7 @@ Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, arXiv 1703.
 "Sec.", "Eq." and "Fig." are the paper's; the authors' code is pytorch-CycleGAN-and-pix2pix.
 
 There are images x of one domain, X (say, apples), and y of another, Y (oranges), but no pairs.
-G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), and D_X x from F(y).
+G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X to tell x from F(y).
 
       forward cycle (Fig. 3b)                    backward cycle (Fig. 3c)
            G            F                             F            G
@@ -23,7 +23,6 @@ On the command line X is A and Y is B. Part I is the method, Part II what it tak
 
 import io
 import os
-import threading
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
@@ -56,7 +55,7 @@ class Config:
     lambda_gan: float = setting(1.0, "weight of the adversarial losses (1 in Eq. 3)")
     lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
     lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
-    lambda_identity: float = setting(0.5, "weight of identity, times the cycle's (authors' code)")
+    lambda_identity: float = setting(0.5, "weight of identity, times the cycle's (authors: 0.5)")
     # Training
     buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
     batch_size: int = setting(1, "images of each domain per step (Sec. 7.1)")
@@ -67,12 +66,12 @@ class Config:
     seed: int = setting(0, "seed of weights, order, crops, flips and buffers")
 
     def __post_init__(self):
-        complete_and_check(self)
+        fill_in_and_check(self)  # what is None, and what is impossible
 
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # InstanceNorm, ReflectionPad and LastConvolution are PyTorch's InstanceNorm2d, ReflectionPad2d
-# and Conv2d, made faster in Part II. A norm would cancel a bias before it, so there is none.
+# and Conv2d, made faster in Part II. A norm would cancel a bias before it, so ours have none.
 
 
 def c7s1(channels, k):
@@ -105,16 +104,16 @@ class R(nn.Module):
 
 
 def C(channels, k, stride=2):
-    """4x4 convolution with k filters, InstanceNorm, LeakyReLU with slope 0.2."""
+    """4x4 convolution with k filters and stride 2, InstanceNorm, LeakyReLU with slope 0.2."""
     return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=False),
             InstanceNorm(), nn.LeakyReLU(0.2, True)]
 
 
-def initialise(network, generator=None):
-    """Draws weights from N(0, 0.02) and sets biases to 0 (Sec. 7.1)."""
+def initialise(network, rng=None):
+    """Draws weights from N(0, 0.02), 0.02 the standard deviation, and biases are 0 (Sec. 7.1)."""
     for name, parameter in network.named_parameters():
-        deviation = 0.0 if name.endswith("bias") else 0.02
-        nn.init.normal_(parameter, 0.0, deviation, generator)
+        std = 0.0 if name.endswith("bias") else 0.02
+        nn.init.normal_(parameter, 0.0, std, rng)
 
 
 class Generator(nn.Module):
@@ -164,19 +163,19 @@ class Discriminator(nn.Module):
 
 
 # ---- Losses (Sec. 3, 4 and 5.2) ------------------------------------------------------------------
-# Expectations and norms are means over images, patches and pixels, as in the authors' code.
+# E[.] and ||.||_1 are means over images, channels and positions, as in the authors' code.
 REAL, FAKE = 1.0, 0.0
 
 
 def adversarial_loss(scores, target, objective="lsgan"):
-    """An expectation of Eq. 1 as a loss: how far D's scores are from REAL or from FAKE. -> scalar
+    """A term of Eq. 1 as a loss: how far D's scores are from the target, REAL or FAKE. -> scalar
 
                              target REAL    target FAKE
         "lsgan" (Sec. 4)     (D - 1)^2      D^2              where D = scores
         "log" (Eq. 1)        -log(D)        -log(1 - D)      where D = sigmoid(scores)
 
     For D_Y, y is REAL and G(x) is FAKE. For G, G(x) should be REAL: with "log" it minimises
-    -log(D), as in the authors' code, not Eq. 1's log(1 - D), which is flat where D is sure.
+    -log(D), as in the authors' code; the gradient of Eq. 1's log(1 - D) vanishes if D is sure.
     """
     if objective == "lsgan":
         return (scores - target).square().mean()
@@ -194,7 +193,7 @@ def identity_loss(x, y, same_x, same_y, lambda_forward=1.0, lambda_backward=1.0)
 
 
 def discriminator_loss(D, real, fake, objective="lsgan"):
-    """D's side of Eq. 1, halved (Sec. 7.1): ((D(real) - 1)^2 + D(fake)^2) / 2. -> scalar"""
+    """What D minimises, halved (Sec. 4, 7.1): ((D(real) - 1)^2 + D(fake)^2) / 2. -> scalar"""
     real_scores, fake_scores = in_one_batch(D, real, fake)  # D(real), D(fake) (Part II)
     return 0.5 * (adversarial_loss(real_scores, REAL, objective)
                   + adversarial_loss(fake_scores, FAKE, objective))
@@ -204,12 +203,12 @@ def discriminator_loss(D, real, fake, objective="lsgan"):
 
 
 class ImageBuffer(nn.Module):
-    """Half of the time shows a discriminator earlier generated images, to damp oscillation.
+    """Half of the time shows a discriminator an earlier generated image, to damp oscillation.
 
     What a new image c does to a buffer of size 2 (authors' code):
 
         filling     [a, -] -> [a, c]    c is shown    while there is room
-        swapping    [a, b] -> [a, c]    b is shown    from then on, with probability 1/2
+        swapping    [a, b] -> [a, c]    b is shown    then, with probability 1/2 (or for a)
         passing     [a, b] -> [a, b]    c is shown    otherwise
     """
 
@@ -218,17 +217,16 @@ class ImageBuffer(nn.Module):
         self.register_buffer("images", torch.zeros(size, 3, side, side))
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # places filled
 
-    @torch.no_grad()
     def exchange(self, images, draws):
         """(N, 3, side, side) new images -> as many to show. draws: (N, 2) uniform on [0, 1)."""
         size = len(self.images)
         shown = []
         for image, draw in zip(images.split(1), draws.split(1)):
-            place, coin = draw.unbind(1)
-            # torch.where, as an `if` on a tensor would make the CPU wait for the GPU.
+            index, coin = draw.unbind(1)  # each of shape (1,)
+            # torch.where, not `if`: that would make the CPU wait for the GPU.
             filling = self.count < size
             swapping = ~filling & (coin < 0.5)
-            slot = torch.where(filling, self.count, (place * size).long())  # the next, or any
+            slot = torch.where(filling, self.count, (index * size).long())  # the next, or any
             old = self.images[slot]  # a copy
             shown.append(torch.where(swapping, old, image))
             self.images[slot] = torch.where(filling | swapping, image, old)
@@ -237,8 +235,8 @@ class ImageBuffer(nn.Module):
 
 
 # ---- Training (Sec. 3.3, 4 and 7.1) --------------------------------------------------------------
-# From Part II: exchange(buffer, ...) is buffer.exchange(...); engine.fast(G, F) is G, F themselves;
-# engine.adam(G, F) is the Adam for the parameters of both, made at the first step.
+# From Part II: exchange is a buffer's, and averages are, over all GPUs; engine.fast(G) is G, on a
+# GPU compiled; engine.adam(G, F) is the one Adam of both, with betas (beta1, 0.999).
 
 
 def learning_rate(config, epoch):
@@ -250,8 +248,8 @@ def learning_rate(config, epoch):
 def six_images(G, F, x, y, lambda_identity=0.5):
     """The six images of the table at the top of this file, in three calls of a generator.
 
-    F needs fake_y, so G(x) comes first. Then F takes its three inputs in one batch, then G its
-    two: faster, and exact, as InstanceNorm treats each image alone.
+    back_x needs fake_y, so G(x) comes first. Then F takes its three inputs in one batch, then G
+    its other two: faster, and the same, as InstanceNorm treats each image alone.
     """
     fake_y = G(x)
     if lambda_identity > 0:
@@ -265,7 +263,7 @@ def six_images(G, F, x, y, lambda_identity=0.5):
 
 
 def minimise(loss, optimizer):
-    """One step of Adam, which changes its own parameters only: G's loss passes through D_Y."""
+    """A step of Adam. G's loss passes through D_Y, but only Adam's parameters get gradients."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
@@ -276,8 +274,13 @@ def minimise(loss, optimizer):
 class CycleGAN(nn.Module):
     """Everything that training changes: four networks, two image buffers, two optimizers.
 
-    Other modules may be assigned to G, F, D_X and D_Y before the first step, which moves them to
-    the device as they are. They must treat each image of a batch alone, so no BatchNorm.
+        for epoch in range(config.epochs + config.decay_epochs):
+            model.set_learning_rate(learning_rate(config, epoch))
+            for x, y in unpaired_batches:
+                losses = model.step(x, y)
+
+    Your own networks may replace the four before the first step, with weights as they are. They
+    must treat each image of a batch alone (no BatchNorm).
     """
 
     def __init__(self, config, device="cpu", precision="auto"):
@@ -290,8 +293,8 @@ class CycleGAN(nn.Module):
         self.buffer_X = ImageBuffer(config.buffer_size, config.image_size)  # of F(y), for D_X
         self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
         self.steps = 0                                   # done so far
-        self.engine = Engine(config, device, precision)  # makes the step fast (Part II)
-        initialise(self, torch.Generator().manual_seed(config.seed))
+        self.engine = Engine(config, device, precision)  # device, optimizers, speed (Part II)
+        initialise(self, torch.Generator().manual_seed(config.seed))  # again, from the seed
         self.to(self.engine.device, memory_format=memory_format(self.engine.device))
 
     def set_learning_rate(self, lr):
@@ -301,37 +304,36 @@ class CycleGAN(nn.Module):
         """One training step on x and y, each (N, 3, image_size, image_size), drawn independently.
 
         Returns {name: detached scalar}: gan, cycle, identity with their weights, D_X and D_Y
-        halved. Raises ValueError for other shapes. The learning rate is the caller's to set, once
-        an epoch: model.set_learning_rate(learning_rate(model.config, epoch)).
+        halved. Raises ValueError for other shapes. The learning rate is the caller's to set.
         """
         check_step(self, x, y)
         draws = buffer_draws(self.config.seed, self.steps, x)  # (2, N, 2), a function of the step
-        losses = self.engine.run(self.update, x, y, draws)
+        losses = self.engine.run(self, x, y, draws)  # of `update`
         self.steps += 1
         return losses
 
     def update(self, x, y, draws):
-        """Six images, five losses, two updates (Eq. 3 and 4). Engine.run calls it."""
-        G, F, D_X, D_Y = self.engine.fast(self.G, self.F, self.D_X, self.D_Y)
+        """Six images, five losses, two updates (Eq. 3 and 4)."""
         c = self.config
+        G, F, D_X, D_Y = self.engine.fast(self.G, self.F, self.D_X, self.D_Y)
         fake_x, fake_y, back_x, back_y, same_x, same_y = six_images(G, F, x, y, c.lambda_identity)
 
-        # G and F minimise   Eq. 1, Sec. 4:  (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2
-        #                    Eq. 2:          ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1
-        #                    Sec. 5.2:       ||F(x) - x||_1    + ||G(y) - y||_1
+        # G and F minimise   Eq. 1, Sec. 4:  (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2    weight 1
+        #                    Eq. 2:          ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1    weight 10
+        #                    Sec. 5.2:       ||F(x) - x||_1    + ||G(y) - y||_1       weight 5
         gan = c.lambda_gan * (adversarial_loss(D_Y(fake_y), REAL, c.objective)
                               + adversarial_loss(D_X(fake_x), REAL, c.objective))
         cycle = cycle_loss(x, y, back_x, back_y, c.lambda_forward, c.lambda_backward)
         identity = c.lambda_identity * identity_loss(
             x, y, same_x, same_y, c.lambda_forward, c.lambda_backward)
 
-        # D_X minimises      Eq. 1, Sec. 4:  ((D_X(x) - 1)^2 + D_X(F(y))^2) / 2, and D_Y likewise
+        # D_X minimises      Eq. 1, Sec. 4:  ((D_X(x) - 1)^2 + D_X(shown_x)^2) / 2, D_Y likewise
         shown_x = exchange(self.buffer_X, fake_x.detach(), draws[0])
         shown_y = exchange(self.buffer_Y, fake_y.detach(), draws[1])
         loss_D_X = discriminator_loss(D_X, x, shown_x, c.objective)
         loss_D_Y = discriminator_loss(D_Y, y, shown_y, c.objective)
 
-        # All five losses are of the networks as they were; only now do the networks change.
+        # All five losses are of the weights before both updates.
         minimise(gan + cycle + identity, self.engine.adam(self.G, self.F))
         minimise(loss_D_X + loss_D_Y, self.engine.adam(self.D_X, self.D_Y))
         return detach_and_average({"gan": gan, "cycle": cycle, "identity": identity,
@@ -364,7 +366,7 @@ def out_of_memory(error):
 LEAST = {"load_size": 24, "width": 1, "batch_size": 1}  # of the other settings 0
 
 
-def complete_and_check(config):
+def fill_in_and_check(config):
     """Replaces None in a new Config. Raises UserError naming the first impossible value."""
     def require(name, possible, rule):
         if not possible:
@@ -478,16 +480,17 @@ def to_device(tensor, device):
 
 def check_step(model, x, y):
     """Raises ValueError if a step cannot take these images, or not with these networks."""
-    size = model.config.image_size
+    size, engine = model.config.image_size, model.engine
     if x.shape != y.shape or x.shape[1:] != (3, size, size) or len(x) == 0:
         raise ValueError(f"x and y must both be (N, 3, {size}, {size}), as image_size is {size}; "
                          f"they are {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.device.type != engine.device.type:
+        raise ValueError(f"x is on {x.device}, the model on {engine.device}, as said when it was "
+                         "made: CycleGAN(config, device)")
     networks = model.G, model.F, model.D_X, model.D_Y
-    dtype = next(model.G.parameters()).dtype
-    if model.engine.prepared_for not in (None, (networks, dtype)):
+    if engine.trained not in (None, (networks, next(model.parameters()).dtype)):
         raise ValueError("a network, or the type of its weights, changed after the first step; "
                          "change them on a new CycleGAN")
-    model.engine.prepared_for = networks, dtype
 
 
 def buffer_draws(seed, step, images):
@@ -513,7 +516,7 @@ class Engine:
             self.lr = torch.tensor(config.lr, dtype=torch.float64)
         self.optimizers = {}  # networks -> their Adam
         self.networks = {}    # networks -> what stands in for them
-        self.prepared_for = None
+        self.trained = None   # (networks, type of their weights), after the first step
         self.graph = None
 
     def adam(self, *networks):
@@ -531,19 +534,21 @@ class Engine:
         if networks not in self.networks:
             for network in networks:
                 network.to(self.device, memory_format=memory_format(self.device))
+                take_from_rank_0(network)
             fast = compiled(networks) if self.device.type == "cuda" else networks
             if self.precision == "bf16":
                 fast = [in_bfloat16(network) for network in fast]
             self.networks[networks] = fast
         return self.networks[networks]
 
-    def run(self, update, *tensors):
-        """update(*tensors), on CUDA recorded. Several processes are not: they talk in between."""
-        if self.device.type != "cuda" or rank_and_world_size()[1] > 1:
-            return update(*tensors)
-        if self.graph is None:
-            self.graph = CudaGraph(update, self.device)
-        return self.graph(*tensors)
+    def run(self, model, *tensors):
+        """model.update(*tensors), on CUDA captured, except that several processes talk in it."""
+        if self.graph is None and self.device.type == "cuda" and rank_and_world_size()[1] == 1:
+            self.graph = CudaGraph(model.update, self.device)
+        losses = self.graph(*tensors) if self.graph else model.update(*tensors)
+        networks = model.G, model.F, model.D_X, model.D_Y
+        self.trained = networks, next(model.parameters()).dtype
+        return losses
 
 
 def in_bfloat16(network):
@@ -569,50 +574,49 @@ def compiled(networks):
 
 
 class CudaGraph:
-    """A function of CUDA tensors, recorded at its fourth call as a CUDA graph, then replayed.
+    """A function of CUDA tensors, captured at its fourth call as a CUDA graph, then replayed.
 
     The first three calls are real ones, in which PyTorch compiles and picks its kernels. Tensors
-    of another shape, and what cannot be recorded, run unrecorded.
+    of another shape start anew. What cannot be captured runs as it is, with a warning.
     """
 
     def __init__(self, function, device):
-        self.function, self.calls, self.graph = function, 0, None
-        self.stream = torch.cuda.Stream(device)  # warms up and records
+        self.function, self.inputs = function, []
+        self.stream = torch.cuda.Stream(device)  # warms up and captures
 
     def __call__(self, *tensors):
-        if self.calls == 0:
+        if [t.shape for t in self.inputs] != [t.shape for t in tensors]:
             self.inputs = [tensor.clone() for tensor in tensors]
-        if any(fixed.shape != tensor.shape for fixed, tensor in zip(self.inputs, tensors)):
-            return self.function(*tensors)
+            self.calls, self.graph = 0, None
         self.calls += 1
         if self.calls == 4:
-            self.record()
+            self.capture()
         if self.graph is None:
             return self.warm_up(tensors)
-        for fixed, tensor in zip(self.inputs, tensors):
-            fixed.copy_(tensor)
+        for static, tensor in zip(self.inputs, tensors):
+            static.copy_(tensor)
         self.graph.replay()
         return {name: value.clone() for name, value in self.result.items()}
 
     def warm_up(self, tensors):
-        here = torch.cuda.current_stream()
-        self.stream.wait_stream(here)
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             result = self.function(*tensors)
-        here.wait_stream(self.stream)
+        current.wait_stream(self.stream)
         return result
 
-    def record(self):
-        here = torch.cuda.current_stream()
+    def capture(self):
+        current = torch.cuda.current_stream(self.stream.device)
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.function(*self.inputs)
         except RuntimeError as error:
             self.graph = None
-            torch.cuda.set_stream(here)  # torch.cuda.graph may have failed to
+            torch.cuda.set_stream(current)  # torch.cuda.graph may have failed to
             torch.backends.cudnn.benchmark = False  # would free memory and fail (pytorch 180395)
-            warnings.warn("CUDA cannot record the step, so steps are slower: "
+            warnings.warn("CUDA cannot capture the step, so steps are slower: "
                           f"{error.__context__ or error}", stacklevel=2)
 
 
@@ -626,15 +630,23 @@ def rank_and_world_size():
     return distributed.get_rank(), distributed.get_world_size()
 
 
+def take_from_rank_0(network):
+    """Gives every process the weights of the first, as one's own networks may have others."""
+    if rank_and_world_size()[1] > 1:
+        for tensor in network.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
 def exchange(buffer, images, draws):
     """What a buffer shows for images. Every process has the same buffer, for the images of all."""
     rank, world_size = rank_and_world_size()
     if len(buffer.images) == 0:
         return images
     if world_size > 1:
-        everyones = [torch.empty_like(images.contiguous()) for _ in range(world_size)]
-        distributed.all_gather(everyones, images.contiguous())
-        images = torch.cat(everyones)
+        images = images.contiguous()
+        gathered = [torch.empty_like(images) for _ in range(world_size)]
+        distributed.all_gather(gathered, images)
+        images = torch.cat(gathered)
     return buffer.exchange(images, draws).chunk(world_size)[rank]
 
 
@@ -667,7 +679,7 @@ def detach_and_average(losses):
 
 def write_file(path, chunks):
     """Writes bytes beside `path`, syncs, renames: the old file or the new. Raises UserError."""
-    part = path.with_name(f"{os.getpid()}-{threading.get_ident()}.part")
+    part = path.with_name(f"{os.urandom(8).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
@@ -725,21 +737,20 @@ def load_checkpoint(path, device="cpu"):
                 state[key] = own[key]
         if state.keys() != own.keys():
             raise ValueError(f"it has other networks: {min(state.keys() ^ own.keys())}")
-        model.load_state_dict(state)
+        model.to(state["buffer_X.images"].dtype).load_state_dict(state)
         model.steps = int(saved["steps"])
         for adam, moments in zip(optimizers(model), saved["adams"], strict=True):
             load_moments(adam, moments, model)
+        return model, saved["place"]
     except Exception as error:
         if out_of_memory(error):
             raise
         raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
-    return model, saved["place"]
 
 
 def load_moments(adam, state, model):
     """Puts saved moments into an Adam that is otherwise as it was made."""
-    parameters = adam.param_groups[0]["params"]
-    if model.steps > 0 and len(state) != len(parameters):
+    if model.steps > 0 and len(state) != len(adam.param_groups[0]["params"]):
         raise ValueError("it lacks moments of Adam")
     adam.load_state_dict({**adam.state_dict(), "state": state})
     adam.param_groups[0]["lr"] = model.engine.lr  # the tensor itself; load_state_dict copied it

@@ -200,7 +200,7 @@ def update_cache(folder, side, cache, name):
     """Writes the readable pictures under a folder to one file, unless it is there already.
 
     Its name holds a hash of the pictures' names, sizes and times, so that a picture added, removed
-    or changed makes it anew. If the folder has gone, the file is used as it is.
+    or changed makes it anew. Without the folder, the file is used as it is.
     """
     earlier = [*cache.glob(f"{name}-*.bytes")]
     if earlier and not folder.is_dir():
@@ -220,12 +220,13 @@ def update_cache(folder, side, cache, name):
     count = file.stat().st_size // size
     if count == 0:
         raise UserError(f"no picture in {folder} can be read")
-    log(f"{name}: {count} picture{'s' * (count > 1)} from {folder}")
+    log(f"{name}: {count} picture{'s' if count > 1 else ''} from {folder}"
+        + (f", {len(paths) - count} of {len(paths)} skipped" if count < len(paths) else ""))
 
 
 def decoded(paths, side, name):
     """Yields each picture as bytes, in the order of the paths; says which cannot be read."""
-    shown, skipped = time.perf_counter(), 0
+    shown = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 64):  # a bounded number in memory, however many there are
             some = paths[start:start + 64]
@@ -233,13 +234,10 @@ def decoded(paths, side, name):
                 try:
                     yield picture.result().tobytes()
                 except UserError as error:
-                    skipped += 1
                     log(f"skipped: {error}")
             if TERMINAL or time.perf_counter() - shown > 10:
                 shown = time.perf_counter()
                 log(f"{name}: {start + len(some)} of {len(paths)} pictures read", passing=True)
-    if skipped:
-        log(f"{name}: {skipped} of {len(paths)} pictures skipped")
 
 
 def batches(config, A, B, epoch, done):
@@ -521,10 +519,11 @@ def keep_rows(path, steps):
     """Leaves of losses.csv its header and the rows of the steps that are in the checkpoint."""
     if not path.is_file():
         return
-    header, *rows = path.read_text(errors="replace").splitlines(keepends=True) or [""]
-    whole = [row for row in rows if re.match("[0-9]{1,18},.*\n", row)]  # the last may be cut short
-    kept = [row for row in whole if int(row.split(",")[0]) <= steps]
-    write_file(path, [line.encode() for line in (header, *kept)])
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # the last may be cut short
+    rows = [row for row in whole[1:] if re.match("[0-9]{1,18},", row)]
+    kept = [row for row in rows if int(row.split(",")[0]) <= steps]
+    write_file(path, [line.encode() for line in (*whole[:1], *kept)])
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -617,7 +616,7 @@ def train(run, max_steps, group):
                 group, bool(stop.received) or model.steps >= last_step, late)
             if stopping:
                 break
-            if late:
+            if late and run.done < count:
                 progress.flush()
                 run.save()
                 saved = time.perf_counter()

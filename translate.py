@@ -91,7 +91,7 @@ def plan(inputs, out):
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
-        for source, name in sources(given, out, within_folder=len(inputs) > 1):
+        for source, name in sources(given, within_folder=len(inputs) > 1):
             target, number = out / name.with_suffix(".png"), 2
             while str(target).lower() in pairs:  # as of a.jpg and a.png
                 target, number = out / name.with_name(f"{name.stem}-{number}.png"), number + 1
@@ -106,18 +106,18 @@ def plan(inputs, out):
     return list(pairs.values())
 
 
-def sources(given, out, within_folder):
-    """Yields (picture, its path below --out) for an argument, but no results of earlier calls."""
+def sources(given, within_folder):
+    """Yields (picture, its path below --out) for an argument.
+
+    Results of earlier calls are left out of a folder, unless it holds nothing else.
+    """
     if not given.is_dir():
         yield given, Path(given.name)
         return
-    folder, real_out = Path(os.path.realpath(given)), Path(os.path.realpath(out))
-    below = folder in real_out.parents
-    for source in find_pictures(given):
-        if below and real_out in Path(os.path.realpath(source)).parents and is_result(source):
-            continue
+    found = find_pictures(given)
+    for source in [path for path in found if not is_result(path)] or found:
         name = source.relative_to(given)
-        yield source, folder.name / name if within_folder else name
+        yield source, Path(os.path.realpath(given)).name / name if within_folder else name
 
 
 def is_result(path):
