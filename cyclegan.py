@@ -487,10 +487,13 @@ def check_step(model, x, y):
     if x.device.type != engine.device.type:
         raise ValueError(f"x is on {x.device}, the model on {engine.device}, as said when it was "
                          "made: CycleGAN(config, device)")
-    networks = model.G, model.F, model.D_X, model.D_Y
-    if engine.trained not in (None, (networks, next(model.parameters()).dtype)):
-        raise ValueError("a network, or the type of its weights, changed after the first step; "
-                         "change them on a new CycleGAN")
+    if engine.trained not in (None, networks_and_type(model)):
+        raise ValueError("a network, or the type of its weights, changed after the first step or "
+                         "after loading; change them on a new CycleGAN")
+
+
+def networks_and_type(model):
+    return model.G, model.F, model.D_X, model.D_Y, next(model.parameters()).dtype
 
 
 def buffer_draws(seed, step, images):
@@ -516,7 +519,7 @@ class Engine:
             self.lr = torch.tensor(config.lr, dtype=torch.float64)
         self.optimizers = {}  # networks -> their Adam
         self.networks = {}    # networks -> what stands in for them
-        self.trained = None   # (networks, type of their weights), after the first step
+        self.trained = None   # after the first step: networks_and_type
         self.graph = None
 
     def adam(self, *networks):
@@ -546,8 +549,7 @@ class Engine:
         if self.graph is None and self.device.type == "cuda" and rank_and_world_size()[1] == 1:
             self.graph = CudaGraph(model.update, self.device)
         losses = self.graph(*tensors) if self.graph else model.update(*tensors)
-        networks = model.G, model.F, model.D_X, model.D_Y
-        self.trained = networks, next(model.parameters()).dtype
+        self.trained = networks_and_type(model)
         return losses
 
 
@@ -741,6 +743,8 @@ def load_checkpoint(path, device="cpu"):
         model.steps = int(saved["steps"])
         for adam, moments in zip(optimizers(model), saved["adams"], strict=True):
             load_moments(adam, moments, model)
+        if model.steps > 0:
+            model.engine.trained = networks_and_type(model)
         return model, saved["place"]
     except Exception as error:
         if out_of_memory(error):

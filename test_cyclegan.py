@@ -748,6 +748,8 @@ def test_checkpoint_restores_everything_bit_for_bit(tmp_path):
     cyclegan.save_checkpoint(tmp_path / "a.pt", one, {"epoch": 3})
     two, place = cyclegan.load_checkpoint(tmp_path / "a.pt")
     assert place == {"epoch": 3} and two.config == one.config
+    with pytest.raises(ValueError, match="after loading"):  # its Adam has moments of another type
+        copy.deepcopy(two).double().step(image(0).double(), image(1).double())
     for rate in (1e-3, 1e-4):
         assert all(torch.equal(a, b) for a, b in zip(state_of(one), state_of(two), strict=True))
         for each in (one, two):
