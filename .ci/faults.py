@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import test_cyclegan as tests
 from cyclegan import UserError, load_generator, read_picture
 
-NEW = (f"{tests.TRAIN} --epochs 8 --decay-epochs 8 --buffer-size 4 --save-every 4 "
-       "--save-minutes 0.001 --out")  # 16 epochs of 8 steps; saves every few steps
+NEW = (f"{tests.TRAIN} --epochs 16 --decay-epochs 16 --buffer-size 4 --save-every 4 "
+       "--save-minutes 0.001 --out")  # 32 epochs of 8 steps; saves every few steps
 PEACE = Path("peace")  # a run left in peace
 
 
