@@ -48,21 +48,21 @@ class Config:
     # Networks and their images
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
     load_size: int = setting(None, "side before cropping; default image_size x 286 / 256")
-    blocks: int = setting(None, "residual blocks; default 9, below 256 pixels 6 (Sec. 7.2)")
+    blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
     width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
     # Losses
     objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
-    lambda_gan: float = setting(1.0, "weight of the adversarial losses (1 in Eq. 3)")
+    lambda_gan: float = setting(1.0, "weight of the adversarial losses of G and F (1 in Eq. 3)")
     lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
     lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
-    lambda_identity: float = setting(0.5, "weight of identity, times the cycle's (authors: 0.5)")
+    lambda_identity: float = setting(0.5, "weight of identity, as a part of the cycle's (authors')")
     # Training
     buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
     batch_size: int = setting(1, "images of each domain per step (Sec. 7.1)")
     lr: float = setting(2e-4, "learning rate of Adam (Sec. 7.1)")
-    beta1: float = setting(0.5, "first beta of Adam, the second is 0.999 (authors' code)")
+    beta1: float = setting(0.5, "first beta of Adam; the second is 0.999 (authors' code)")
     epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
-    decay_epochs: int = setting(100, "further epochs, in which it decays to zero (Sec. 7.1)")
+    decay_epochs: int = setting(100, "further epochs, in which it decays towards zero (Sec. 7.1)")
     seed: int = setting(0, "seed of weights, order, crops, flips and buffers")
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class Config:
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # InstanceNorm, ReflectionPad and LastConvolution are PyTorch's InstanceNorm2d, ReflectionPad2d
-# and Conv2d, made faster in Part II. A norm would cancel a bias before it, so ours have none.
+# and Conv2d, made faster in Part II. No convolution has a bias that a norm would cancel.
 
 
 def c7s1(channels, k):
@@ -80,7 +80,7 @@ def c7s1(channels, k):
 
 
 def d(channels, k):
-    """3x3 convolution with k filters, stride 2, zero padding (authors'), InstanceNorm, ReLU."""
+    """3x3 convolution with k filters, stride 2, padded by zeros (authors'), InstanceNorm, ReLU."""
     return [nn.Conv2d(channels, k, 3, 2, padding=1, bias=False), InstanceNorm(), nn.ReLU(True)]
 
 
@@ -104,13 +104,13 @@ class R(nn.Module):
 
 
 def C(channels, k, stride=2):
-    """4x4 convolution with k filters and stride 2, InstanceNorm, LeakyReLU with slope 0.2."""
+    """4x4 convolution with k filters, stride 2 by default, InstanceNorm, LeakyReLU of slope 0.2."""
     return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=False),
             InstanceNorm(), nn.LeakyReLU(0.2, True)]
 
 
 def initialise(network, rng=None):
-    """Draws weights from N(0, 0.02), 0.02 the standard deviation, and biases are 0 (Sec. 7.1)."""
+    """Weights are drawn from N(0, 0.02), of standard deviation 0.02; biases are 0 (Sec. 7.1)."""
     for name, parameter in network.named_parameters():
         std = 0.0 if name.endswith("bias") else 0.02
         nn.init.normal_(parameter, 0.0, std, rng)
@@ -144,7 +144,7 @@ class Discriminator(nn.Module):
     """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2, width 64).
 
     (N, 3, H, W) images -> (N, 1, H', W') scores, high for real, each of a patch of 70 x 70 pixels;
-    no sigmoid. C64 has no norm. C512 has stride 1 (authors' code): 2 would make it 94 x 94.
+    no sigmoid. C64 has no norm. C512 has stride 1 (authors' code): with 2 it would be 94 x 94.
     """
 
     def __init__(self, width=64):
@@ -174,8 +174,8 @@ def adversarial_loss(scores, target, objective="lsgan"):
         "lsgan" (Sec. 4)     (D - 1)^2      D^2              where D = scores
         "log" (Eq. 1)        -log(D)        -log(1 - D)      where D = sigmoid(scores)
 
-    For D_Y, y is REAL and G(x) is FAKE. For G, G(x) should be REAL: with "log" it minimises
-    -log(D), as in the authors' code; the gradient of Eq. 1's log(1 - D) vanishes if D is sure.
+    The target of y is REAL and of G(x) FAKE in D_Y's loss, and of G(x) REAL in G's: with "log"
+    -log(D) (authors' code), as the gradient of Eq. 1's log(1 - D) vanishes once D is sure.
     """
     if objective == "lsgan":
         return (scores - target).square().mean()
@@ -203,13 +203,13 @@ def discriminator_loss(D, real, fake, objective="lsgan"):
 
 
 class ImageBuffer(nn.Module):
-    """Half of the time shows a discriminator an earlier generated image, to damp oscillation.
+    """Once full, shows D an earlier generated image half of the time, which damps oscillation.
 
     What a new image c does to a buffer of size 2 (authors' code):
 
         filling     [a, -] -> [a, c]    c is shown    while there is room
-        swapping    [a, b] -> [a, c]    b is shown    then, with probability 1/2 (or for a)
-        passing     [a, b] -> [a, b]    c is shown    otherwise
+        swapping    [a, b] -> [a, c]    b is shown    when full, probability 1/2: a or b, at random
+        passing     [a, b] -> [a, b]    c is shown    when full, otherwise
     """
 
     def __init__(self, size=50, side=256):
@@ -222,12 +222,12 @@ class ImageBuffer(nn.Module):
         size = len(self.images)
         shown = []
         for image, draw in zip(images.split(1), draws.split(1)):
-            index, coin = draw.unbind(1)  # each of shape (1,)
+            place, coin = draw.unbind(1)  # each of shape (1,)
             # torch.where, not `if`: that would make the CPU wait for the GPU.
             filling = self.count < size
             swapping = ~filling & (coin < 0.5)
-            slot = torch.where(filling, self.count, (index * size).long())  # the next, or any
-            old = self.images[slot]  # a copy
+            slot = torch.where(filling, self.count, (place * size).long())  # the next, or any
+            old = self.images[slot]  # a copy, as slot is a tensor
             shown.append(torch.where(swapping, old, image))
             self.images[slot] = torch.where(filling | swapping, image, old)
             self.count += filling
@@ -235,12 +235,12 @@ class ImageBuffer(nn.Module):
 
 
 # ---- Training (Sec. 3.3, 4 and 7.1) --------------------------------------------------------------
-# From Part II: exchange is a buffer's, and averages are, over all GPUs; engine.fast(G) is G, on a
-# GPU compiled; engine.adam(G, F) is the one Adam of both, with betas (beta1, 0.999).
+# From Part II: exchange(b, ...) is b.exchange(...), and average_... are means, over all GPUs;
+# engine.fast(G) is G, compiled on GPUs; engine.adam(G, F) is always the same Adam, of G and F.
 
 
 def learning_rate(config, epoch):
-    """2e-4 in epochs 0 to 99, then 100/101, 99/101, ..., 1/101 of that (authors' code)."""
+    """By default 2e-4 in epochs 0 to 99, then 100/101, ..., 1/101 of that (authors' code)."""
     late = max(0, epoch + 1 - config.epochs)
     return config.lr * max(0.0, 1.0 - late / (config.decay_epochs + 1))
 
@@ -249,7 +249,7 @@ def six_images(G, F, x, y, lambda_identity=0.5):
     """The six images of the table at the top of this file, in three calls of a generator.
 
     back_x needs fake_y, so G(x) comes first. Then F takes its three inputs in one batch, then G
-    its other two: faster, and the same, as InstanceNorm treats each image alone.
+    its other two: faster, with the same result, as InstanceNorm treats each image alone.
     """
     fake_y = G(x)
     if lambda_identity > 0:
@@ -263,7 +263,7 @@ def six_images(G, F, x, y, lambda_identity=0.5):
 
 
 def minimise(loss, optimizer):
-    """A step of Adam. G's loss passes through D_Y, but only Adam's parameters get gradients."""
+    """A step of Adam. G's loss passes through D_Y; `inputs` keeps gradients from D_Y's weights."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
@@ -272,15 +272,15 @@ def minimise(loss, optimizer):
 
 
 class CycleGAN(nn.Module):
-    """Everything that training changes: four networks, two image buffers, two optimizers.
+    """What training changes: four networks, two image buffers, two optimizers.
 
         for epoch in range(config.epochs + config.decay_epochs):
             model.set_learning_rate(learning_rate(config, epoch))
             for x, y in unpaired_batches:
                 losses = model.step(x, y)
 
-    Your own networks may replace the four before the first step, with weights as they are. They
-    must treat each image of a batch alone (no BatchNorm).
+    You may replace any of the four before the first step; its weights are kept. It must treat each
+    image of a batch alone (no BatchNorm).
     """
 
     def __init__(self, config, device="cpu", precision="auto"):
@@ -294,7 +294,7 @@ class CycleGAN(nn.Module):
         self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
         self.steps = 0                                   # done so far
         self.engine = Engine(config, device, precision)  # device, optimizers, speed (Part II)
-        initialise(self, torch.Generator().manual_seed(config.seed))  # again, from the seed
+        initialise(self, torch.Generator().manual_seed(config.seed))  # again, from one seed
         self.to(self.engine.device, memory_format=memory_format(self.engine.device))
 
     def set_learning_rate(self, lr):
@@ -308,12 +308,12 @@ class CycleGAN(nn.Module):
         """
         check_step(self, x, y)
         draws = buffer_draws(self.config.seed, self.steps, x)  # (2, N, 2), a function of the step
-        losses = self.engine.run(self, x, y, draws)  # of `update`
+        losses = self.engine.run(self, x, y, draws)  # calls self.update(x, y, draws)
         self.steps += 1
         return losses
 
     def update(self, x, y, draws):
-        """Six images, five losses, two updates (Eq. 3 and 4)."""
+        """Six images, five losses, two updates (Eq. 3 and 4, and identity)."""
         c = self.config
         G, F, D_X, D_Y = self.engine.fast(self.G, self.F, self.D_X, self.D_Y)
         fake_x, fake_y, back_x, back_y, same_x, same_y = six_images(G, F, x, y, c.lambda_identity)
@@ -333,7 +333,7 @@ class CycleGAN(nn.Module):
         loss_D_X = discriminator_loss(D_X, x, shown_x, c.objective)
         loss_D_Y = discriminator_loss(D_Y, y, shown_y, c.objective)
 
-        # All five losses are of the weights before both updates.
+        # All five losses precede both updates; one Adam for two networks (authors' code).
         minimise(gan + cycle + identity, self.engine.adam(self.G, self.F))
         minimise(loss_D_X + loss_D_Y, self.engine.adam(self.D_X, self.D_Y))
         return detach_and_average({"gan": gan, "cycle": cycle, "identity": identity,
@@ -351,7 +351,7 @@ __all__ = ["Config", "CycleGAN", "Discriminator", "Generator", "ImageBuffer", "U
 
 
 class UserError(ValueError):
-    """Something that whoever runs the program can put right, said in one line."""
+    """An error that the user can fix, said in one line."""
 
     def __str__(self):  # reasons of other libraries and names of files may have several lines
         return " ".join(line.strip() for line in super().__str__().splitlines())
@@ -363,7 +363,7 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or any(w in str(error) for w in words)
 
 
-LEAST = {"load_size": 24, "width": 1, "batch_size": 1}  # of the other settings 0
+LEAST = {"width": 1, "batch_size": 1}  # smallest values; 0 for the other settings
 
 
 def fill_in_and_check(config):
@@ -426,7 +426,7 @@ class LastConvolution(nn.Conv2d):
     """7x7 convolution with 3 filters, which would leave most of a CPU's vector lanes empty.
 
     There, four copies of the filters, each shifted down by one row, make 12 filters of 10x7 with
-    stride 4: the same sums, four rows at a time, in half of the time. H must be a multiple of 4.
+    stride 4: the same sums, four rows at a time, in half the time. H must be a multiple of 4.
     """
 
     def forward(self, h):
@@ -504,7 +504,7 @@ def buffer_draws(seed, step, images):
 
 
 class Engine:
-    """Runs the update of a CycleGAN: has its optimizers, and on CUDA what makes it fast.
+    """Runs CycleGAN.update: holds the optimizers and, on CUDA, what makes it fast.
 
     precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
     """
@@ -545,7 +545,7 @@ class Engine:
         return self.networks[networks]
 
     def run(self, model, *tensors):
-        """model.update(*tensors), on CUDA captured, except that several processes talk in it."""
+        """model.update(*tensors), on CUDA as a captured graph, unless processes talk within it."""
         if self.graph is None and self.device.type == "cuda" and rank_and_world_size()[1] == 1:
             self.graph = CudaGraph(model.update, self.device)
         losses = self.graph(*tensors) if self.graph else model.update(*tensors)
@@ -554,7 +554,7 @@ class Engine:
 
 
 def in_bfloat16(network):
-    """The network, computed in bfloat16; its weights and what it returns are not."""
+    """Computes the network in bfloat16; its weights and its result keep their type."""
     def call(images):
         with torch.autocast(images.device.type, torch.bfloat16):
             return network(images).to(images.dtype)
@@ -563,7 +563,7 @@ def in_bfloat16(network):
 
 
 def compiled(networks):
-    """The networks compiled; where that fails, as they are, with a warning that says why."""
+    """The networks compiled; if that fails, as they are, with a warning that says why."""
     try:
         torch.compile(lambda h: h * h + 1)(torch.ones(8, device="cuda"))
     except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
@@ -584,7 +584,7 @@ class CudaGraph:
 
     def __init__(self, function, device):
         self.function, self.inputs = function, []
-        self.stream = torch.cuda.Stream(device)  # warms up and captures
+        self.stream = torch.cuda.Stream(device)  # of eager calls and of the capture
 
     def __call__(self, *tensors):
         if [t.shape for t in self.inputs] != [t.shape for t in tensors]:
@@ -594,13 +594,13 @@ class CudaGraph:
         if self.calls == 4:
             self.capture()
         if self.graph is None:
-            return self.warm_up(tensors)
+            return self.run_eagerly(tensors)
         for static, tensor in zip(self.inputs, tensors):
             static.copy_(tensor)
         self.graph.replay()
         return {name: value.clone() for name, value in self.result.items()}
 
-    def warm_up(self, tensors):
+    def run_eagerly(self, tensors):
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -626,21 +626,21 @@ class CudaGraph:
 
 
 def rank_and_world_size():
-    """Of the processes that train together; (0, 1) for one alone."""
+    """This process's rank, and how many train together; (0, 1) for one alone."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def take_from_rank_0(network):
-    """Gives every process the weights of the first, as one's own networks may have others."""
+    """Gives every process the weights of rank 0, as custom networks may start with others."""
     if rank_and_world_size()[1] > 1:
         for tensor in network.state_dict().values():
             distributed.broadcast(tensor, 0)
 
 
 def exchange(buffer, images, draws):
-    """What a buffer shows for images. Every process has the same buffer, for the images of all."""
+    """buffer.exchange; every process has the same buffer, and passes it the images of all."""
     rank, world_size = rank_and_world_size()
     if len(buffer.images) == 0:
         return images
@@ -680,7 +680,10 @@ def detach_and_average(losses):
 
 
 def write_file(path, chunks):
-    """Writes bytes beside `path`, syncs, renames: the old file or the new. Raises UserError."""
+    """Writes bytes beside `path`, syncs, renames: it is always the old file or the new.
+
+    Raises UserError.
+    """
     part = path.with_name(f"{os.urandom(8).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -728,7 +731,7 @@ def read_checkpoint(path):
 def load_checkpoint(path, device="cpu"):
     """The (CycleGAN, place) in a file of save_checkpoint.
 
-    Raises UserError if it is none, is damaged, or holds other networks than those of this file.
+    Raises UserError if it is not one, is damaged, or holds networks other than this module's.
     """
     saved = read_checkpoint(path)
     try:
@@ -753,7 +756,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def load_moments(adam, state, model):
-    """Puts saved moments into an Adam that is otherwise as it was made."""
+    """Restores saved moments into a new Adam."""
     if model.steps > 0 and len(state) != len(adam.param_groups[0]["params"]):
         raise ValueError("it lacks moments of Adam")
     adam.load_state_dict({**adam.state_dict(), "state": state})
@@ -773,6 +776,8 @@ def load_generator(path, direction="AtoB", device="cpu"):
     one, or with latest_net_G.pth. Blocks and width follow from the weights. `.config` of what is
     returned is the run's Config, None for the authors' files. Raises UserError naming the file.
     """
+    if direction not in ("AtoB", "BtoA"):
+        raise ValueError(f'direction must be "AtoB" or "BtoA", not {direction!r}')
     path = find_generator(Path(path), direction)
     saved = read_checkpoint(path)
     config = None
@@ -798,7 +803,7 @@ def load_generator(path, direction="AtoB", device="cpu"):
 
 
 def find_generator(path, direction):
-    """The file for a direction, if the path is a folder; the latest of the authors' epochs."""
+    """The file for a direction in a folder; of the authors' epochs the latest."""
     if not path.is_dir():
         return path
     name = f"net_G_{direction[0]}.pth"
@@ -873,7 +878,9 @@ def to_rgb(image):
 def to_tensor(pictures, device="cpu"):
     """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1], sent as bytes."""
     device = torch.device(device)
-    pictures = torch.from_numpy(np.array(pictures, np.uint8, order="C"))
+    if pictures.dtype != np.uint8:
+        raise ValueError(f"pictures must be uint8 arrays, not {pictures.dtype}")
+    pictures = torch.from_numpy(np.array(pictures, order="C"))
     images = to_device(pictures, device).permute(0, 3, 1, 2).float()
     return images.contiguous(memory_format=memory_format(device)) / 127.5 - 1
 

@@ -30,24 +30,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from cyclegan import (
-    Config,
-    CycleGAN,
-    UserError,
-    choose_device,
-    find_pictures,
-    learning_rate,
-    load_checkpoint,
-    out_of_memory,
-    pad_to_multiple_of_4,
-    png,
-    read_picture,
-    save_checkpoint,
-    to_pictures,
-    to_tensor,
-    translate,
-    write_file,
-)
+import cyclegan
+from cyclegan import Config, CycleGAN, UserError, learning_rate
 
 if os.name == "posix":
     import fcntl
@@ -68,7 +52,7 @@ RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0  # 0 alone writes and 
 
 
 def parse():
-    """The options; what stands in a run's checkpoint only if it was given."""
+    """Parses the command line; options that a checkpoint stores are there only if given."""
     parser = argparse.ArgumentParser(
         usage="train.py [--dataA FOLDER --dataB FOLDER | --resume RUN] [option ...]",
         description=__doc__, argument_default=argparse.SUPPRESS,
@@ -132,9 +116,9 @@ def log(line, passing=False):
 
 
 def connect(device):
-    """Joins torchrun's processes. Returns the group in which they wait for each other, or None.
+    """Joins torchrun's processes. Returns the group used to wait for one another, or None.
 
-    That one is gloo's and waits for a day: NCCL would give up while rank 0 reads the pictures.
+    It is gloo's, with a timeout of a day: NCCL would give up while rank 0 reads the pictures.
     """
     if WORLD == 1:
         return None
@@ -144,7 +128,7 @@ def connect(device):
             raise UserError("--nproc-per-node of torchrun: this machine has "
                             f"{torch.cuda.device_count()} GPUs; start one process for each")
         torch.cuda.set_device(local_rank)
-        log("steps are not recorded as a CUDA graph, as there are several processes")
+        log("steps are not captured as a CUDA graph, as there are several processes")
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return dist.new_group(backend="gloo", timeout=timedelta(days=1))
@@ -154,7 +138,7 @@ def connect(device):
 
 
 def max_over_processes(group, *values):
-    """The largest of each value over all processes, for which this waits."""
+    """Waits for all processes; returns the largest of each value."""
     if group is None:
         return values
     largest = torch.tensor(values, dtype=torch.int64)
@@ -163,7 +147,7 @@ def max_over_processes(group, *values):
 
 
 def from_rank_0(group, value):
-    """What rank 0 passes, in every process."""
+    """Returns rank 0's value in every process."""
     values = [value]
     if group:
         dist.broadcast_object_list(values, src=0, group=group)
@@ -190,23 +174,23 @@ def open_pictures(run, group):
 
 
 def map_pictures(cache, name, side):
-    files = list(cache.glob(f"{name}-*.bytes"))
+    files = sorted(cache.glob(f"{name}-*.bytes"), key=os.path.getmtime)
     if not files:
         raise UserError(f"{cache} is not visible to this process; all need the run's folder")
-    return np.memmap(files[0], np.uint8, "r").reshape(-1, side, side, 3)
+    return np.memmap(files[-1], np.uint8, "r").reshape(-1, side, side, 3)
 
 
 def update_cache(folder, side, cache, name):
     """Writes the readable pictures under a folder to one file, unless it is there already.
 
-    Its name holds a hash of the pictures' names, sizes and times, so that a picture added, removed
-    or changed makes it anew. Without the folder, the file is used as it is.
+    Its name holds a hash of the pictures' names, sizes and times, so adding, removing or changing
+    one rebuilds it. If the folder is gone, the file is used as it is.
     """
     earlier = [*cache.glob(f"{name}-*.bytes")]
     if earlier and not folder.is_dir():
         log(f"{name}: {folder} no longer exists; its pictures are taken from {cache}")
         return
-    paths, stamp = find_pictures(folder), hashlib.sha256()
+    paths, stamp = cyclegan.find_pictures(folder), hashlib.sha256()
     for path in paths:
         status = path.stat() if path.exists() else path.lstat()  # links may lead nowhere
         line = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
@@ -214,7 +198,7 @@ def update_cache(folder, side, cache, name):
     file = cache / f"{name}-{stamp.hexdigest()[:16]}.bytes"
     size = 3 * side**2
     if not file.exists() or file.stat().st_size % size:
-        write_file(file, decoded(paths, side, name))
+        cyclegan.write_file(file, decoded(paths, side, name))
     for path in set(earlier) - {file}:
         path.unlink()
     count = file.stat().st_size // size
@@ -225,12 +209,12 @@ def update_cache(folder, side, cache, name):
 
 
 def decoded(paths, side, name):
-    """Yields each picture as bytes, in the order of the paths; says which cannot be read."""
+    """Yields each picture as bytes, in the order of the paths; logs which cannot be read."""
     shown = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 64):  # a bounded number in memory, however many there are
             some = paths[start:start + 64]
-            for picture in [pool.submit(read_picture, path, side) for path in some]:
+            for picture in [pool.submit(cyclegan.read_picture, path, side) for path in some]:
                 try:
                     yield picture.result().tobytes()
                 except UserError as error:
@@ -261,7 +245,7 @@ def batches(config, A, B, epoch, done):
 def batch(config, A, B, order, epoch, start):
     """x and y of one step, (batch_size, image_size, image_size, 3) uint8.
 
-    Pictures of the larger domain come in shuffled order. A goes by that order, B is drawn at
+    A follows a permutation of as many places as the larger domain has pictures, B is drawn at
     random, so that no pair lasts (authors' code). The last batch is filled up from the first.
     """
     places = np.arange(start, start + WORLD * config.batch_size) % len(order)
@@ -273,7 +257,7 @@ def batch(config, A, B, order, epoch, start):
 def crops(pictures, chosen, side, random):
     """The chosen pictures, each cropped at a random place and flipped with probability 1/2.
 
-    Of several processes each draws the random numbers for all and takes its share of the pictures.
+    With several processes, each draws the random numbers for all and takes its share of pictures.
     """
     corners = random.integers(pictures.shape[1] - side + 1, size=(len(chosen), 2))
     flips = random.random(len(chosen)) < 0.5
@@ -287,12 +271,12 @@ def crops(pictures, chosen, side, random):
 
 
 def read_whole(pictures, index):
-    """One picture of a mapped array, in one read: one page may fetch megabytes around it."""
+    """One picture of a mapped array, in one read: a page fault may fetch megabytes around it."""
     size, shape = pictures[0].size, pictures.shape[1:]
     return np.fromfile(pictures.filename, np.uint8, size, offset=index * size).reshape(shape)
 
 
-# ---- A run: its folder, its model, and how far it has come ---------------------------------------
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -317,8 +301,8 @@ class Run:
             raise UserError(f"a weight is not finite after step {self.model.steps}; {DIVERGED}")
         place = {name: getattr(self, name) for name in PLACE}
         if self.done == 0 and self.epoch > 0 and self.epoch % self.save_every == 0:
-            save_checkpoint(self.folder / f"epoch_{self.epoch:04}.pt", self.model, place)
-        save_checkpoint(self.folder / "latest.pt", self.model, place)
+            cyclegan.save_checkpoint(self.folder / f"epoch_{self.epoch:04}.pt", self.model, place)
+        cyclegan.save_checkpoint(self.folder / "latest.pt", self.model, place)
 
 
 HABITS = ("save_every", "save_minutes", "sample_every")  # may change when a run is resumed
@@ -328,7 +312,7 @@ DIVERGED = ("training diverged; latest.pt is from before that: start again with 
 
 
 def new_run(given, device, group):
-    """Makes the folder of a new run as the command line wants it, with a checkpoint at step 0."""
+    """Makes the folder of a new run as the command line asks, with a checkpoint at step 0."""
     folders = [Path(os.path.realpath(given[key])) for key in ("dataA", "dataB") if key in given]
     if len(folders) == 1:
         raise UserError("--dataA and --dataB go together: training takes pictures of both domains")
@@ -340,21 +324,25 @@ def new_run(given, device, group):
     folder = None
     if RANK == 0:
         for data in folders:  # refused now, before anything is written
-            if not any(map(can_be_read, find_pictures(data))):
+            if not any(map(can_be_read, cyclegan.find_pictures(data))):
                 raise UserError(f"no picture in {data} can be read")
         name = "-".join(data.name for data in folders) or "demo"
         folder = new_folder(given.get("out"), name)
     folder = from_rank_0(group, folder)
     model = CycleGAN(config, device, given.get("precision", "auto"))
     run = Run(folder, model, [str(data) for data in folders] or DEMO_FOLDERS, demo=not folders,
-              **{name: given[name] for name in HABITS if name in given})
+              **habits(given))
     run.save()
     return run
 
 
+def habits(given):
+    return {name: given[name] for name in HABITS if name in given}
+
+
 def can_be_read(path):
     try:
-        read_picture(path, 1)
+        cyclegan.read_picture(path, 1)
     except UserError:
         return False
     return True
@@ -363,7 +351,7 @@ def can_be_read(path):
 def new_folder(out, name):
     """Makes the folder of a new run, `out` or the next free name in runs/, and returns it."""
     inside = list(out.iterdir()) if out and out.is_dir() else []
-    if any(path.name != ".lock" and path.suffix != ".part" for path in inside):  # of a killed start
+    if any(path.name != ".lock" and path.suffix != ".part" for path in inside):  # by a killed start
         raise UserError(f"--out {out} is not empty; choose another, or use --resume {out}")
     names = (Path("runs", f"{name}-{k}" if k > 1 else name) for k in itertools.count(1))
     folder = out or next(folder for folder in names if not folder.exists())
@@ -373,7 +361,7 @@ def new_folder(out, name):
 
 
 def lock(folder):
-    """Keeps other runs out of a run's folder until this process ends, however it ends."""
+    """Keeps other runs out of a folder until this process ends; clears what a killed one left."""
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock it
     try:
         if os.name == "posix":
@@ -381,28 +369,25 @@ def lock(folder):
         else:
             msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
     except (BlockingIOError, PermissionError):
-        raise UserError(f"another run of train.py is at work in {folder}; stop it first") from None
+        raise UserError(f"train.py is already running in {folder}; stop it first") from None
     except OSError as error:
         log(f"{folder / '.lock'}: {error.strerror}; make sure that no other run uses this folder")
+    for part in folder.rglob("*.part"):
+        part.unlink()
 
 
 def open_run(given, device):
-    """The run in a folder, as its checkpoint has it. Refuses flags that contradict it."""
+    """Loads the run in a folder from its checkpoint. Refuses flags that contradict it."""
     folder = given["resume"]
     if not (folder / "latest.pt").is_file():
         raise UserError(f"--resume {folder}: there is no latest.pt, so it is not a run's folder")
     if RANK == 0:
         lock(folder)
-        for pattern in ("*.part", "cache/*.part", "samples/*.part"):  # of a process that was killed
-            for part in folder.glob(pattern):
-                part.unlink()
-    model, place = load_checkpoint(folder / "latest.pt", device)
+    model, place = cyclegan.load_checkpoint(folder / "latest.pt", device)
     try:
-        run = Run(folder, model, **place)
+        run = Run(folder, model, **{**place, **habits(given)})
     except TypeError:
-        raise UserError(f"{folder / 'latest.pt'} does not say how far its run is") from None
-    for name in HABITS:
-        setattr(run, name, given.get(name, getattr(run, name)))
+        raise UserError(f"{folder / 'latest.pt'} has no progress of a run") from None
     model.config = resumed_config(run, given)
     return run
 
@@ -429,7 +414,7 @@ def resumed_config(run, given):
 
 
 class Progress:
-    """Writes the losses to losses.csv, and shows their means, the rate and the time left."""
+    """Writes the losses to losses.csv, and shows their means, the speed and the time left."""
 
     def __init__(self, run, last_step):
         config = run.model.config
@@ -487,7 +472,7 @@ class Progress:
         self.pending, self.flushed = [], time.perf_counter()
 
     def status(self, means):
-        """The status line: where training is, the mean losses, the time left and the rate."""
+        """The status line: where training is, the mean losses, the time left and the speed."""
         parts = [f"epoch {self.epoch}/{self.epochs} step {self.step}/{self.last_step}",
                  " ".join(f"{name} {mean:.2f}" for name, mean in zip(self.names, means))]
         steps = self.step - self.clock_step
@@ -516,14 +501,14 @@ def append_rows(path, names, rows):
 
 
 def keep_rows(path, steps):
-    """Leaves of losses.csv its header and the rows of the steps that are in the checkpoint."""
+    """Trims losses.csv to its header and the rows of the steps that are in the checkpoint."""
     if not path.is_file():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # the last may be cut short
     rows = [row for row in whole[1:] if re.match("[0-9]{1,18},", row)]
     kept = [row for row in rows if int(row.split(",")[0]) <= steps]
-    write_file(path, [line.encode() for line in (*whole[:1], *kept)])
+    cyclegan.write_file(path, [line.encode() for line in (*whole[:1], *kept)])
 
 
 # ---- Samples -------------------------------------------------------------------------------------
@@ -531,8 +516,8 @@ def keep_rows(path, steps):
 
 def save_samples(run, A, B):
     if RANK == 0 and run.epoch % run.sample_every == 0:
-        grid = sample_grid(run.model, A, B)
-        write_file(run.folder / "samples" / f"epoch_{run.epoch:04}.png", [png(grid)])
+        grid = cyclegan.png(sample_grid(run.model, A, B))
+        cyclegan.write_file(run.folder / "samples" / f"epoch_{run.epoch:04}.png", [grid])
 
 
 @torch.no_grad()
@@ -541,9 +526,10 @@ def sample_grid(model, A, B):
     shown, device, side = [], model.engine.device, A.shape[1]
     for k in range(4):
         for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
-            source = to_tensor(pad_to_multiple_of_4(pictures[[k * len(pictures) // 4]]), device)
+            picture = cyclegan.pad_to_multiple_of_4(pictures[[k * len(pictures) // 4]])
+            source = cyclegan.to_tensor(picture, device)
             fake = there(source)
-            shown += [*to_pictures(torch.cat([source, fake, back(fake)]))[:, :side, :side]]
+            shown += [*cyclegan.to_pictures(torch.cat([source, fake, back(fake)]))[:, :side, :side]]
     framed = np.pad(shown, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
     return np.concatenate([np.concatenate(row, 1) for row in np.split(framed, 4)])
 
@@ -554,14 +540,14 @@ def animate(folder):
     frames, file = [], io.BytesIO()
     for k in np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int):
         try:
-            frames.append(Image.fromarray(read_picture(paths[k])))
+            frames.append(Image.fromarray(cyclegan.read_picture(paths[k])))
             frames[-1].thumbnail((960, 960))
         except UserError as error:
             log(f"skipped: {error}")
     if frames:
         times = [250] * (len(frames) - 1) + [2000]  # milliseconds
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-        write_file(folder / "samples.gif", [file.getvalue()])
+        cyclegan.write_file(folder / "samples.gif", [file.getvalue()])
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -580,7 +566,7 @@ class StopSignal:
 
     def receive(self, number, frame):
         self.received = number
-        if WORLD == 1:  # a second one ends the program at once; torchrun repeats the first
+        if WORLD == 1:  # a second one ends the program at once; torchrun sends the first again
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -608,7 +594,7 @@ def train(run, max_steps, group):
         model.set_learning_rate(lr)
         progress.start_epoch(model.steps)
         for x, y in batches(config, A, B, run.epoch, run.done):
-            losses = model.step(to_tensor(x, device), to_tensor(y, device))
+            losses = model.step(cyclegan.to_tensor(x, device), cyclegan.to_tensor(y, device))
             run.done += size
             progress.add(model.steps, run.epoch, lr, losses)
             late = time.perf_counter() - saved > 60 * run.save_minutes
@@ -682,7 +668,7 @@ def draw_demo(folder, side, scenes=200):
             path = folder / name / f"{i:03}.png"
             if not path.exists():
                 scene = draw_scene(np.random.default_rng([domain, i]))
-                write_file(path, [png(paint(scene, path.parent.name, side))])
+                cyclegan.write_file(path, [cyclegan.png(paint(scene, path.parent.name, side))])
 
 
 def evaluate_demo(model, scenes=32):
@@ -695,7 +681,7 @@ def evaluate_demo(model, scenes=32):
     untranslated = abs(apples - oranges.astype(float))[fruit].mean()
     for name, network, source, truth in (("apples to oranges", model.G, apples, oranges),
                                          ("oranges to apples", model.F, oranges, apples)):
-        error = abs(translate(network, source) - truth.astype(float))
+        error = abs(cyclegan.translate(network, source) - truth.astype(float))
         log(f"{name}: on {scenes} held-out scenes the error inside the fruit is "
             f"{error[fruit].mean() / untranslated:.0%} of the untranslated picture's; outside the "
             f"fruit it is {error[~fruit].mean() / 127.5:.3f} on the [-1, 1] scale")
@@ -707,7 +693,7 @@ def evaluate_demo(model, scenes=32):
 def run_program(options):
     """Does what the command line says. Returns the exit status."""
     given = vars(options)
-    device, _ = choose_device(options.device)
+    device, _ = cyclegan.choose_device(options.device)
     group = connect(device)
     if "resume" in given:
         run = open_run(given, device)
@@ -735,7 +721,7 @@ def main():
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     warnings.showwarning = lambda warning, *_: log(f"note: {warning}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before training, as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until training starts
     options = parse()
     try:
         return run_program(options)
@@ -746,12 +732,12 @@ def main():
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             reason = "another process failed; see its message"
-        elif out_of_memory(error):
+        elif cyclegan.out_of_memory(error):
             reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
         else:
             raise
     except KeyboardInterrupt:
-        reason = "stopped before the first step"
+        reason = "stopped before training began"
     rank = f" (rank {RANK})" if WORLD > 1 else ""
     print(f"{chr(10) if TERMINAL else ''}train.py{rank}: {reason}", file=sys.stderr, flush=True)
     return 1

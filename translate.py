@@ -15,18 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL.PngImagePlugin import PngInfo
 
-from cyclegan import (
-    UserError,
-    choose_device,
-    find_pictures,
-    load_generator,
-    out_of_memory,
-    png,
-    read_checkpoint,
-    read_picture,
-    translate,
-    write_file,
-)
+import cyclegan
+from cyclegan import UserError
 
 PIXELS = 2**20  # at most, of the pictures that pass the network together
 AHEAD = 8  # pictures that are read, and as many that are written, while others are translated
@@ -57,7 +47,7 @@ def parse():
     return parser.parse_args()
 
 
-# ---- What to translate, and where to ------------------------------------------------------------
+# ---- What to translate, and where to -------------------------------------------------------------
 
 
 def newest_run():
@@ -68,11 +58,11 @@ def newest_run():
 
 
 def training_pictures(checkpoint, direction):
-    """The folder of the pictures that a run translates in this direction in training."""
+    """The folder whose pictures a run was trained to translate in this direction."""
     run = run_folder(checkpoint)
     path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
     try:
-        return run / read_checkpoint(path)["place"]["data"][direction == "BtoA"]
+        return run / cyclegan.read_checkpoint(path)["place"]["data"][direction == "BtoA"]
     except (LookupError, TypeError, UserError):
         raise UserError(f"{checkpoint} is not from a run; name the pictures to translate") from None
 
@@ -82,7 +72,7 @@ def run_folder(checkpoint):
 
 
 def plan(inputs, out):
-    """[(source, target)]: folders keep their structure, names end in .png, no target stands twice.
+    """[(source, target)]: folders keep their structure, names end in .png, no two share a target.
 
     Raises UserError if an input is missing, or if a target is a source, or exists and was not
     written by this program.
@@ -114,7 +104,7 @@ def sources(given, within_folder):
     if not given.is_dir():
         yield given, Path(given.name)
         return
-    found = find_pictures(given)
+    found = cyclegan.find_pictures(given)
     for source in [path for path in found if not is_result(path)] or found:
         name = source.relative_to(given)
         yield source, Path(os.path.realpath(given)).name / name if within_folder else name
@@ -124,11 +114,14 @@ def is_result(path):
     """Whether a path is the result of an earlier call, which may be replaced."""
     if not path.is_file():
         return False
-    with open(path, "rb") as file:  # the mark stands before the pixels
-        return f"Software\0{SOFTWARE}".encode() in file.read(99)
+    try:
+        with open(path, "rb") as file:  # the mark stands before the pixels
+            return f"Software\0{SOFTWARE}".encode() in file.read(99)
+    except OSError:
+        return False
 
 
-# ---- Translating --------------------------------------------------------------------------------
+# ---- Translating ---------------------------------------------------------------------------------
 
 
 def translate_all(generator, precision, pairs, side_by_side):
@@ -138,9 +131,9 @@ def translate_all(generator, precision, pairs, side_by_side):
         for group in groups(pairs, pool):
             targets, pictures = zip(*group)
             try:
-                results = translate(generator, np.stack(pictures), precision)
+                results = cyclegan.translate(generator, np.stack(pictures), precision)
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
+                if not cyclegan.out_of_memory(error):
                     raise
                 skip("too large for the memory here: " + ", ".join(map(str, targets)))
                 continue
@@ -153,7 +146,7 @@ def translate_all(generator, precision, pairs, side_by_side):
 
 
 def print_written(writing, at_most):
-    """Waits until at_most results are still being written. Prints the others; returns how many."""
+    """Waits until at_most results are left to be written; prints the others, returns how many."""
     count = 0
     while len(writing) > at_most:
         print(writing.popleft().result(), flush=True)
@@ -164,7 +157,7 @@ def print_written(writing, at_most):
 def groups(pairs, pool):
     """Yields lists of (target, picture) of one size, while threads read the next ones."""
     def read(start):
-        return [(target, pool.submit(read_picture, source))
+        return [(target, pool.submit(cyclegan.read_picture, source))
                 for source, target in pairs[start:start + AHEAD]]
 
     coming = read(0)
@@ -183,7 +176,7 @@ def groups(pairs, pool):
 def write(target, picture):
     mark = PngInfo()
     mark.add_text("Software", SOFTWARE)
-    write_file(target, [png(picture, pnginfo=mark)])
+    cyclegan.write_file(target, [cyclegan.png(picture, pnginfo=mark)])
     return target
 
 
@@ -193,9 +186,9 @@ def skip(reason):
 
 def run_program(options):
     """Does what the command line says. Returns the exit status."""
-    device, precision = choose_device(options.device, options.precision)
+    device, precision = cyclegan.choose_device(options.device, options.precision)
     checkpoint = options.checkpoint or newest_run()
-    generator = load_generator(checkpoint, options.direction, device)
+    generator = cyclegan.load_generator(checkpoint, options.direction, device)
     run = run_folder(checkpoint)
     home = run if (run / "latest.pt").is_file() else Path()
     out = options.out or home / f"translated-{options.direction}"
