@@ -17,7 +17,7 @@ An image is named after the domain it should lie in, so G makes all _y and F mak
       back_x = F(fake_y)    back_y = G(fake_x)    should be x and y again      Eq. 2
       same_x = F(x)         same_y = G(y)         should be x and y still      Sec. 5.2
 
-"Images" are tensors (N, 3, H, W) in [-1, 1], "pictures" uint8 arrays (H, W, 3), as in files.
+"Images" are tensors (N, 3, H, W) in [-1, 1], "pictures" are uint8 arrays (H, W, 3).
 On the command line X is A and Y is B. Part I is the method, Part II what it takes to use it.
 """
 
@@ -246,7 +246,7 @@ def learning_rate(config, epoch):
 
 
 def six_images(G, F, x, y, lambda_identity=0.5):
-    """The six images of the table at the top of this file, in three calls of a generator.
+    """The six images of the table at the top, in three calls of a generator.
 
     back_x needs fake_y, so G(x) comes first. Then F takes its three inputs in one batch, then G
     its other two: faster, with the same result, as InstanceNorm treats each image alone.

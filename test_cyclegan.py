@@ -6,7 +6,6 @@
 
 import copy
 import functools
-import gc
 import inspect
 import math
 import multiprocessing
@@ -209,17 +208,12 @@ def test_step_equals_the_literal_twin(setting, batch_size):
 
 def test_minimise_computes_and_changes_nothing_of_the_other_networks():
     model = CycleGAN(Config(**TINY))
-    model.step(image(0), image(1))
-    before = [p.clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = None
+    before = copy.deepcopy(model)
     loss = model.D_Y(model.G(image())).square().mean() + model.D_X(model.F(image())).mean()
     cyclegan.minimise(loss, model.engine.adam(model.G, model.F))
-    for network, moved in ((model.G, True), (model.F, True), (model.D_X, False),
-                           (model.D_Y, False)):
-        assert all((p.grad is not None) == moved for p in network.parameters())
-    changed = [not torch.equal(p, q) for p, q in zip(before, model.parameters())]
-    assert sum(changed) == len([*model.G.parameters(), *model.F.parameters()])
+    for name, moves in (("G", True), ("F", True), ("D_X", False), ("D_Y", False)):
+        for p, q in zip(getattr(before, name).parameters(), getattr(model, name).parameters()):
+            assert torch.equal(p, q) != moves and (q.grad is not None) == moves, name
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -326,30 +320,22 @@ def test_channels_last_holds_from_the_first_layer_to_the_last():
     # convolutions, which take the layout of their weights there, as they do on a CPU.
     cl = torch.channels_last
 
-    def on_cuda(*shape):
-        return torch.empty(shape, device="cuda").to(memory_format=cl)
-
     def keeps(layer, inputs, output):
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             return output.to(memory_format=cl)
         assert output.is_contiguous(memory_format=cl), layer
 
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        for layer in nn.ReflectionPad2d(1), nn.InstanceNorm2d(8), nn.GroupNorm(8, 8, affine=False):
-            with pytest.raises(AssertionError):  # the controls
-                keeps(layer, None, layer(on_cuda(2, 8, 6, 6)))
+        images = torch.empty(2, 3, 64, 64, device="cuda").to(memory_format=cl)
+        with pytest.raises(AssertionError):  # the control
+            keeps(None, None, nn.InstanceNorm2d(3)(images))
         for network in (Generator(8, 2), Discriminator(8)):
             for layer in network.modules():
                 for name, parameter in layer.named_parameters(recurse=False):
                     on_gpu = torch.empty(parameter.shape, device="cuda")
                     setattr(layer, name, nn.Parameter(on_gpu))
                 layer.register_forward_hook(keeps)
-            network(torch.cat([on_cuda(1, 3, 64, 64), on_cuda(1, 3, 64, 64)]))
-    for network in (Generator(8, 2), Discriminator(8)):
-        network.to(memory_format=cl)
-        network(noise(2, 3, 64, 64, dtype=torch.float32).to(memory_format=cl)).sum().backward()
-        for name, parameter in network.named_parameters():
-            assert parameter.ndim == 1 or parameter.grad.is_contiguous(memory_format=cl), name
+            network(images)
 
 
 def test_weights_start_from_a_normal_of_2_percent():
@@ -412,9 +398,10 @@ def test_buffer_by_hand():
     buffer = ImageBuffer(2, 2)
 
     def exchange(values, draws):
-        images = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-        out = buffer.exchange(images, torch.tensor(draws))
+        images = torch.tensor(values, dtype=torch.float32)[:, None, None, None].repeat(1, 3, 2, 2)
+        out = buffer.exchange(images, torch.tensor(draws)).clone()
         assert out.shape == images.shape
+        images.fill_(-1)  # what is stored is a copy
         return out[:, 0, 0, 0].tolist(), buffer.images[:, 0, 0, 0].tolist()
 
     keep = [0.9, 0.1]  # (place, coin): ignored while the buffer fills
@@ -425,20 +412,6 @@ def test_buffer_by_hand():
     assert exchange([5.0, 6.0], [[0.0, 0.0], [0.0, 0.0]]) == ([1, 5], [6, 4])  # one after another
     assert exchange([7.0], [[1 - 2**-24, 0.0]]) == ([4], [6, 7])  # the largest float32 below 1
     assert buffer.count == 2
-
-
-def test_buffer_fills_then_swaps_half_of_the_time_and_shares_no_memory():
-    buffer, swapped = ImageBuffer(50, 2), 0
-    for k in range(2050):
-        new = torch.full((1, 3, 2, 2), float(k))
-        out = buffer.exchange(new, cyclegan.buffer_draws(0, k, new)[0])
-        assert out.data_ptr() != buffer.images.data_ptr()
-        new.fill_(-1)  # what is stored is a copy
-        swapped += out[0, 0, 0, 0].item() != k
-        if k < 50:
-            assert swapped == 0
-    assert abs(swapped / 2000 - 0.5) < 0.05  # 4.5 standard errors
-    assert len(set(buffer.images[:, 0, 0, 0].tolist())) == 50 and buffer.images.min() >= 0
 
 
 def test_draws_differ_by_step_and_seed_and_domain():
@@ -626,14 +599,6 @@ def test_step_is_the_same_with_its_networks_compiled(monkeypatch):
         assert (p - q).abs().max() < 1e-12
 
 
-def test_memory_that_ran_out_is_told_from_other_errors_about_memory():
-    with pytest.raises(RuntimeError) as raised:
-        torch.empty(10**15)
-    assert cyclegan.out_of_memory(raised.value) and cyclegan.out_of_memory(MemoryError())
-    assert cyclegan.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert not cyclegan.out_of_memory(RuntimeError("an illegal memory access was encountered"))
-
-
 def test_networks_stay_as_they_are_where_nothing_can_be_compiled():
     if torch.cuda.is_available():
         pytest.skip("here they can be")
@@ -708,19 +673,6 @@ class TestOnCUDA:
                 for each in (model, plain):
                     each.step(*self.images(k))
         self.assert_close(model, plain)
-
-    def test_resumed_after_capture(self, tmp_path):
-        model = self.model("bf16")
-        for k in range(6):
-            model.step(*self.images(k, dtype=torch.float32))
-        cyclegan.save_checkpoint(tmp_path / "a.pt", model, {})
-        resumed, _ = cyclegan.load_checkpoint(tmp_path / "a.pt", "cuda")
-        self.assert_close(model, resumed)
-        for k in range(6, 12):
-            for each in (model, resumed):
-                each.step(*self.images(k, dtype=torch.float32))
-        for a, b in zip(state_of(model), state_of(resumed), strict=True):
-            assert (a.double() - b.double()).abs().max() < 1e-2  # bf16, kernels picked anew
 
     def test_captured_draws_differ_and_memory_stays(self):
         model, stored = self.model(), set()
@@ -1439,14 +1391,12 @@ def test_pictures_of_one_size_go_together_and_what_memory_cannot_hold_is_skipped
 
 
 def test_results_among_their_sources_are_not_translated_again(user, tmp_path):
-    shutil.copytree(user / "apples", tmp_path / "photos")
-    out = tmp_path / "photos" / "translated"
-    pairs = translate.plan([tmp_path / "photos"], out)
+    photos, out = tmp_path / "photos", tmp_path / "photos" / "translated"
+    shutil.copytree(user / "apples", photos)
+    pairs = translate.plan([photos], out)
     for _, target in pairs:
         translate.write(target, np.zeros((4, 4, 3), np.uint8))
-    assert translate.plan([tmp_path / "photos"], out) == pairs and len(pairs) == 5
-    other = [source for source, _ in translate.plan([tmp_path / "photos"], tmp_path / "there")]
-    assert other == [source for source, _ in pairs]
+    assert translate.plan([photos], out) == pairs and len(pairs) == 5
     assert len(translate.plan([out], tmp_path / "there")) == 5  # unless they are asked for
 
 
@@ -1466,10 +1416,9 @@ def bad(user):
                     ignore=shutil.ignore_patterns("cache"))
     shutil.copy(user / "apples" / "apples 0.png", user / "some" / ("l" * 251 + ".png"))
     (user / "file").write_text("a file")
-    for name in ("cut", "text", "other", "fewer"):  # one for each, as they go side by side
+    for name in ("cut", "other", "fewer"):  # one for each, as they go side by side
         shutil.copytree(user / "trained", user / name)
     (user / "cut" / "latest.pt").write_bytes((user / "trained" / "latest.pt").read_bytes()[:5000])
-    (user / "text" / "latest.pt").write_text("hello")
     return user
 
 
@@ -1488,7 +1437,6 @@ MISTAKES = {  # a command line, and what its one sentence says
     "no such run": ("train.py --resume nowhere", "nowhere"),
     "not a run": ("train.py --resume apples", "--resume apples"),
     "checkpoint cut short": ("train.py --resume cut", "cut/latest.pt"),
-    "not a checkpoint": ("train.py --resume text", "text/latest.pt"),
     "other settings": ("train.py --resume trained --width 5", "--width 5"),
     "other pictures": ("train.py --resume other --dataA oranges", "--dataA"),
     "fewer epochs": ("train.py --resume fewer --epochs 1", "--epochs 1"),
@@ -1682,15 +1630,8 @@ def benchmark(rounds=30):
     print(f"{config.image_size} x {config.image_size}, width {config.width}, {config.blocks} blocks"
           f", torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'cpu'}")
     for batch_size in (1, 8) if cuda else (1,):
-        makers = {"literal": Twin, "ours": lambda model: model}
-        peaks = {}
-        for name in makers if cuda else ():  # the memory of each alone
-            torch.cuda.reset_peak_memory_stats()
-            timed(stepping(makers[name], config, device, batch_size), 6, cuda)
-            peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB"
-            gc.collect()
-            torch.cuda.empty_cache()
-        steps = {name: stepping(make, config, device, batch_size) for name, make in makers.items()}
+        steps = {"literal": stepping(Twin, config, device, batch_size),
+                 "ours": stepping(lambda model: model, config, device, batch_size)}
         taken = {name: [] for name in steps}
         for k in range(rounds + 1):
             for name, step in steps.items():
@@ -1699,7 +1640,7 @@ def benchmark(rounds=30):
         for name, times in taken.items():
             ms = statistics.median(times)
             ratios = sorted(a / b for a, b in zip(taken["literal"], times))
-            print(f"batch {batch_size}  {name:10} {ms:8.2f} ms/step {peaks.get(name, '')}   "
+            print(f"batch {batch_size}  {name:10} {ms:8.2f} ms/step   "
                   f"literal / {name}: {statistics.median(ratios):.2f}, half of the pairs within "
                   f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}")
 

@@ -709,6 +709,8 @@ def run_program(options):
         if run.demo and not received:
             evaluate_demo(model)
         animate(run.folder)
+    if group:
+        dist.barrier(group)  # until rank 0 is done; NCCL would end it if the others left
     finished = run.epoch >= model.config.epochs + model.config.decay_epochs
     then = ("translate with: python translate.py --checkpoint" if finished
             else "continue with: python train.py --resume")
