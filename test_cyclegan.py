@@ -124,7 +124,9 @@ class Twin:
         c, l1 = self.config, nn.L1Loss()
         G, F, D_X, D_Y = self.G, self.F, self.D_X, self.D_Y
 
-        # G and F
+        # G and F, while D_X and D_Y are frozen, as in the authors' code
+        for D in (D_X, D_Y):
+            D.requires_grad_(False)
         fake_y = G(x)
         back_x = F(fake_y)
         fake_x = F(y)
@@ -140,11 +142,13 @@ class Twin:
         self.adam_GF.step()
 
         # D_X and D_Y
+        for D in (D_X, D_Y):
+            D.requires_grad_(True)
         shown_x = self.shown(self.pool_X, fake_x.detach(), draws[0])
         shown_y = self.shown(self.pool_Y, fake_y.detach(), draws[1])
         loss_X = (self.gan(D_X(x), True) + self.gan(D_X(shown_x), False)) * 0.5
         loss_Y = (self.gan(D_Y(y), True) + self.gan(D_Y(shown_y), False)) * 0.5
-        self.adam_D.zero_grad()  # of what went through them above, too
+        self.adam_D.zero_grad()
         (loss_X + loss_Y).backward()
         self.adam_D.step()
         return {"gan": gan, "cycle": cycle, "identity": identity, "D_X": loss_X, "D_Y": loss_Y}
