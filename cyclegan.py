@@ -219,14 +219,13 @@ class ImageBuffer(nn.Module):
 
     def exchange(self, images, draws):
         """(N, 3, side, side) new images -> as many to show. draws: (N, 2) uniform on [0, 1)."""
-        size = len(self.images)
         shown = []
         for image, draw in zip(images.split(1), draws.split(1)):
             place, coin = draw.unbind(1)  # each of shape (1,)
             # torch.where, not `if`: that would make the CPU wait for the GPU.
-            filling = self.count < size
+            filling = self.count < len(self.images)
             swapping = ~filling & (coin < 0.5)
-            slot = torch.where(filling, self.count, (place * size).long())  # the next, or any
+            slot = torch.where(filling, self.count, (place * len(self.images)).long())
             old = self.images[slot]  # a copy, as slot is a tensor
             shown.append(torch.where(swapping, old, image))
             self.images[slot] = torch.where(filling | swapping, image, old)
@@ -279,8 +278,7 @@ class CycleGAN(nn.Module):
             for x, y in unpaired_batches:
                 losses = model.step(x, y)
 
-    You may replace any of the four before the first step; its weights are kept. It must treat each
-    image of a batch alone (no BatchNorm).
+    You may replace any before the first step by one that treats each image alone (no BatchNorm).
     """
 
     def __init__(self, config, device="cpu", precision="auto"):
