@@ -682,7 +682,7 @@ def write_file(path, chunks):
 
     Raises UserError.
     """
-    part = path.with_name(f"{os.urandom(8).hex()}.part")
+    part = path.with_name(f"cyclegan-{os.urandom(8).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:

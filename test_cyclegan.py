@@ -1233,7 +1233,7 @@ def test_a_full_disk_gets_one_sentence_and_harms_no_checkpoint(killed, user):
 def test_a_killed_run_continues_by_resume_alone(killed, user):
     folder, steps = killed[0], steps_of(killed[0])
     (user / "begun").mkdir()
-    for name in (".lock", "latest.pt.part"):  # killed before the first checkpoint
+    for name in (".lock", "cyclegan-01ab.part", "latest.pt.part"):  # killed before the first save
         (user / "begun" / name).write_bytes(b"PK")
     ok(user, f"train.py --resume killed --max-steps {steps + 12}",
        f"{TRAIN} --out begun --max-steps 1")
@@ -1410,6 +1410,8 @@ def bad(user):
     for name in ("empty", "texts", "broken", "some"):
         (user / name).mkdir()
     (user / "texts" / "a.txt").write_text("no picture")
+    (user / "downloads").mkdir()
+    (user / "downloads" / "film.part").write_text("half of a film, and not ours")
     (user / "broken" / "a.png").write_bytes((user / "apples" / "apples 0.png").read_bytes()[:200])
     for name in ("broken/a.png", "apples/apples 2.png"):
         shutil.copy(user / name, user / "some")
@@ -1436,6 +1438,7 @@ MISTAKES = {  # a command line, and what its one sentence says
     "out is a file": (f"{TRAIN} --out file", "file"),
     "out below a file": (f"{TRAIN} --out file/run", "file"),
     "out is a run": (f"{TRAIN} --out trained", "--resume trained"),
+    "out holds a download": (f"{TRAIN} --out downloads", "--out downloads is not empty"),
     "impossible setting": (f"{TRAIN} --image-size 26", "image_size must be a multiple of 4"),
     "not a number": (f"{TRAIN} --lr fast", "--lr"),
     "no such run": ("train.py --resume nowhere", "nowhere"),
@@ -1475,6 +1478,7 @@ def test_mistakes_get_one_sentence(mistakes, case):
 
 def test_mistakes_leave_nothing_behind(mistakes, bad):
     assert mistakes[1] == {"exploded", "overflowed"}
+    assert (bad / "downloads" / "film.part").exists()
     assert [steps_of(bad / name) for name in mistakes[1]] == [0, 0]  # the last good one
 
 

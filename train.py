@@ -7,6 +7,7 @@
 """
 
 import argparse
+import fnmatch
 import hashlib
 import io
 import itertools
@@ -350,8 +351,9 @@ def can_be_read(path):
 
 def new_folder(out, name):
     """Makes the folder of a new run, `out` or the next free name in runs/, and returns it."""
-    inside = list(out.iterdir()) if out and out.is_dir() else []
-    if any(path.name != ".lock" and path.suffix != ".part" for path in inside):  # by a killed start
+    inside = {path.name for path in out.iterdir()} if out and out.is_dir() else set()
+    ours = set(fnmatch.filter(inside, "cyclegan-*.part"))  # left by a killed start, as are these
+    if inside - ours - {".lock", "latest.pt.part"}:
         raise UserError(f"--out {out} is not empty; choose another, or use --resume {out}")
     names = (Path("runs", f"{name}-{k}" if k > 1 else name) for k in itertools.count(1))
     folder = out or next(folder for folder in names if not folder.exists())
