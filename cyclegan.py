@@ -23,6 +23,7 @@ On the command line X is A and Y is B. Part I is the method, Part II what it tak
 
 import io
 import os
+import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
@@ -30,12 +31,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import distributed, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-# ==== Part I: the method ==========================================================================
-# ---- Settings ------------------------------------------------------------------------------------
+# ==== Part I: the method. First its settings ======================================================
 
 
 def setting(default, text):
@@ -45,9 +45,8 @@ def setting(default, text):
 @dataclass(frozen=True)
 class Config:
     """Every setting of the method. Raises UserError for an impossible value."""
-    # Networks and their images
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
-    load_size: int = setting(None, "side before cropping; default image_size x 286 / 256")
+    load_size: int = setting(None, "shorter side before the crop; default image_size x 286 / 256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
     width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
     # Losses
@@ -63,6 +62,8 @@ class Config:
     beta1: float = setting(0.5, "first beta of Adam; the second is 0.999 (authors' code)")
     epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
     decay_epochs: int = setting(100, "further epochs, in which it decays towards zero (Sec. 7.1)")
+    flip: bool = setting(True, "mirror half of the crops; not for text, or faces with a side")
+    squash: bool = setting(False, "resize to a square, whatever the proportions (authors' code)")
     seed: int = setting(0, "seed of weights, order, crops, flips and buffers")
 
     def __post_init__(self):
@@ -342,8 +343,8 @@ class CycleGAN(nn.Module):
 
 __all__ = ["Config", "CycleGAN", "Discriminator", "Generator", "ImageBuffer", "UserError",
            "adversarial_loss", "cycle_loss", "discriminator_loss", "find_pictures",
-           "identity_loss", "learning_rate", "load_checkpoint", "load_generator", "read_picture",
-           "save_checkpoint", "six_images", "to_pictures", "to_tensor", "translate"]
+           "identity_loss", "learning_rate", "load_checkpoint", "load_generator", "load_networks",
+           "read_picture", "save_checkpoint", "six_images", "to_pictures", "to_tensor", "translate"]
 
 # ---- Errors and settings -------------------------------------------------------------------------
 
@@ -382,6 +383,8 @@ def fill_in_and_check(config):
         if f.type is int:
             require(f.name, isinstance(value, int) and value >= least,
                     f"a whole number, at least {least}")
+        elif f.type is bool:
+            require(f.name, isinstance(value, bool), "True or False")
         elif f.type is float:
             require(f.name, isinstance(value, (int, float)) and 0 <= value < 1e300,
                     "a number, at least 0")
@@ -677,10 +680,15 @@ def detach_and_average(losses):
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def write_file(path, chunks):
+class NotReplaced(UserError):
+    """A file was written, but could not take the place of the old one."""
+
+
+def write_file(path, chunks, keep=False):
     """Writes bytes beside `path`, syncs, renames: it is always the old file or the new.
 
-    Raises UserError.
+    With `keep`, a new file that cannot take the place of the old one stays beside it: latest.pt
+    as latest.new.pt. Raises UserError; NotReplaced, if it is only the place that it cannot take.
     """
     part = path.with_name(f"cyclegan-{os.urandom(8).hex()}.part")
     try:
@@ -689,7 +697,7 @@ def write_file(path, chunks):
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        replace_file(part, path, keep)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -697,18 +705,37 @@ def write_file(path, chunks):
             part.unlink()
 
 
+def replace_file(part, path, keep):
+    """Renames; if that fails, again for five seconds: a virus scanner may hold the old file."""
+    for _ in range(25):
+        try:
+            os.replace(part, path)
+            return
+        except OSError as error:
+            reason = f"cannot replace {path}: {error.strerror or error}"
+            time.sleep(0.2)
+    if keep:
+        new = path.with_suffix(f".new{path.suffix}")
+        os.rename(part, new)
+        reason += f"; the new one is complete: rename {new} to {path.name}"
+    raise NotReplaced(reason)
+
+
 def optimizers(model):
     return model.engine.adam(model.G, model.F), model.engine.adam(model.D_X, model.D_Y)
 
 
-def save_checkpoint(path, model, place):
-    """Writes the whole state of a CycleGAN to a file, with `place`, a dict of plain values."""
+def save_checkpoint(path, model, place, keep=False):
+    """Writes the whole state of a CycleGAN to a file, with `place`, a dict of plain values.
+
+    keep: see write_file. Raises UserError.
+    """
     state = {"config": asdict(model.config), "precision": model.engine.precision,
              "steps": model.steps, "place": place, "model": model.state_dict(),
              "adams": [adam.state_dict()["state"] for adam in optimizers(model)]}
     file = io.BytesIO()
     torch.save(state, file)
-    write_file(Path(path), [file.getbuffer()])
+    write_file(Path(path), [file.getbuffer()], keep)
 
 
 def read_checkpoint(path):
@@ -733,7 +760,7 @@ def load_checkpoint(path, device="cpu"):
     """
     saved = read_checkpoint(path)
     try:
-        model = CycleGAN(Config(**saved["config"]), device, saved["precision"])
+        model = CycleGAN(saved_config(saved), device, saved["precision"])
         state, own = saved["model"], model.state_dict()
         for key in ("buffer_X.images", "buffer_Y.images"):
             if state[key].numel() == 0:  # as older files have them before the first step
@@ -751,6 +778,11 @@ def load_checkpoint(path, device="cpu"):
         if out_of_memory(error):
             raise
         raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
+
+
+def saved_config(saved):
+    """The Config in a checkpoint. Those from before `squash` had their pictures squashed."""
+    return Config(**{"squash": True, **saved["config"]})
 
 
 def load_moments(adam, state, model):
@@ -776,38 +808,70 @@ def load_generator(path, direction="AtoB", device="cpu"):
     """
     if direction not in ("AtoB", "BtoA"):
         raise ValueError(f'direction must be "AtoB" or "BtoA", not {direction!r}')
-    path = find_generator(Path(path), direction)
-    saved = read_checkpoint(path)
-    config = None
-    try:
-        if "model" in saved:
-            config, prefix = Config(**saved["config"]), "G." if direction == "AtoB" else "F."
-            saved = {key.removeprefix(prefix): value for key, value in saved["model"].items()
-                     if key.startswith(prefix)}
-        weights = {plain_key(key): value for key, value in saved.items()}
-        blocks = sum(key.endswith("conv_block.1.weight") for key in weights)
-        generator = Generator(len(weights["model.1.weight"]), blocks)
-        missing, others = generator.load_state_dict(weights, strict=False)
-        without_effect = (".bias", ".running_mean", ".running_var", ".num_batches_tracked")
-        others = [key for key in others if not key.endswith(without_effect)]
-        if missing or others:
-            raise ValueError(f"it lacks {missing} and has {others} besides")
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} holds no ResNet generator from RGB to RGB ({error})") from error
-    generator.config = config
+    name = "G" if direction == "AtoB" else "F"
+    file = find_network(Path(path), name) or Path(path) / "latest.pt"
+    generator = network_of(read_checkpoint(file), name, file)
     device = torch.device(device)
     generator.to(device, memory_format=memory_format(device))
     return generator.eval().requires_grad_(False)
 
 
-def find_generator(path, direction):
-    """The file for a direction in a folder; of the authors' epochs the latest."""
+AUTHORS = {"G": "G_A", "F": "G_B", "D_X": "D_B", "D_Y": "D_A"}  # their D_A judges what G_A makes
+
+
+def load_networks(path):
+    """Those of the four networks that a run, a checkpoint or the authors' files hold, by name.
+
+    Of a single generator's file, or of a folder with latest_net_G.pth, it is G. Raises UserError.
+    """
+    files = {name: find_network(Path(path), name) for name in AUTHORS}
+    saved = {file: read_checkpoint(file) for file in files.values() if file}
+    if not saved:
+        raise UserError(f"{path} holds no networks: neither latest.pt nor latest_net_G_A.pth")
+    networks, taken = {}, set()
+    for name, file in files.items():
+        if file and ("model" in saved[file] or file not in taken):
+            networks[name] = network_of(saved[file], name, file)
+            taken.add(file)
+    return networks
+
+
+def find_network(path, name):
+    """The file of a network in a folder, of the authors' epochs the latest; or None."""
     if not path.is_dir():
         return path
-    name = f"net_G_{direction[0]}.pth"
-    epochs = sorted(path.glob(f"*_{name}"), key=lambda file: (len(file.name), file.name))
-    files = [path / "latest.pt", path / f"latest_{name}", path / "latest_net_G.pth", *epochs[::-1]]
-    return next((file for file in files if file.is_file()), files[0])
+    theirs = f"net_{AUTHORS[name]}.pth"
+    epochs = sorted(path.glob(f"*_{theirs}"), key=lambda file: (len(file.name), file.name))
+    one_way = [path / "latest_net_G.pth"] if name in ("G", "F") else []
+    files = [path / "latest.pt", path / f"latest_{theirs}", *one_way, *epochs[::-1]]
+    return next((file for file in files if file.is_file()), None)
+
+
+def network_of(saved, name, path):
+    """The network of that name in a checkpoint, or the one that is in an authors' file.
+
+    Its `.config` is the run's Config, None for the authors' files. Raises UserError.
+    """
+    config, generates = None, name in ("G", "F")
+    try:
+        if "model" in saved:
+            config, prefix = saved_config(saved), f"{name}."
+            saved = {key.removeprefix(prefix): value for key, value in saved["model"].items()
+                     if key.startswith(prefix)}
+        weights = {plain_key(key): value for key, value in saved.items()}
+        width = len(weights["model.1.weight" if generates else "model.0.weight"])
+        blocks = sum(key.endswith("conv_block.1.weight") for key in weights)
+        network = Generator(width, blocks) if generates else Discriminator(width)
+        missing, others = network.load_state_dict(weights, strict=False)
+        without_effect = (".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+        others = [key for key in others if not key.endswith(without_effect)]
+        if missing or others:
+            raise ValueError(f"it lacks {missing} and has {others} besides")
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        kind = "ResNet generator" if generates else "70 x 70 discriminator"
+        raise UserError(f"{path} holds no {kind} from RGB ({error})") from error
+    network.config = config
+    return network
 
 
 def plain_key(key):
@@ -824,27 +888,53 @@ def plain_key(key):
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
+SRGB = ImageCms.createProfile("sRGB")
+try:
+    import pillow_heif  # no requirement; where it happens to be installed, HEIC is read
+except ImportError:
+    HEIC = "HEIC is read where the package pillow_heif is installed"
+else:
+    pillow_heif.register_heif_opener()
+    SUFFIXES, FORMATS, HEIC = f"{SUFFIXES} .heic .heif", f"{FORMATS} HEIF", ""
 
 
 def find_pictures(folder):
     """Pictures under a folder, sorted; none hidden, none in a run's folder. Raises UserError."""
+    paths = [path for path in find_files(folder) if path.suffix.lower() in SUFFIXES.split()]
+    if not paths:
+        ignored = ignored_files(folder)
+        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES})"
+                        + (f"; ignored: {ignored}" if ignored else ""))
+    return paths
+
+
+def find_files(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     runs = {path.parent for path in folder.rglob("latest.pt")}
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES.split()
-                   and "/." not in f"/{path.relative_to(folder).as_posix()}"
-                   and runs.isdisjoint(path.parents) and (path.is_file() or path.is_symlink()))
-    if not paths:
-        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES})")
-    return paths
+    return sorted(path for path in folder.rglob("*")
+                  if "/." not in f"/{path.relative_to(folder).as_posix()}"
+                  and runs.isdisjoint(path.parents) and (path.is_file() or path.is_symlink()))
 
 
-def read_picture(path, side=None):
-    """A picture of any mode that Pillow opens -> (H, W, 3) uint8; with `side`, resized to a square.
+def ignored_files(folder):
+    """What find_pictures leaves out, by suffix, as "1,000 .heic, 2 .txt"; or ""."""
+    counts = {}
+    for path in find_files(folder):
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES.split() and path.is_file():
+            counts[suffix] = counts.get(suffix, 0) + 1
+    listed = ", ".join(f"{counts[suffix]:,} {suffix or 'without a suffix'}"
+                       for suffix in sorted(counts, key=counts.get, reverse=True))
+    return f"{listed}; {HEIC}" if HEIC and {".heic", ".heif"} & counts.keys() else listed
 
-    Turned as its EXIF data say, white where transparent, greys of 16 bits scaled, resized bicubic.
-    Raises UserError naming the file.
+
+def read_picture(path, side=None, squash=False):
+    """A picture of any mode that Pillow opens -> (H, W, 3) uint8; with `side`, at that scale.
+
+    Turned as its EXIF data say, white where transparent, in sRGB, 16-bit greys scaled; resized
+    bicubic to scaled_size. Raises UserError naming the file.
     """
     try:
         if not os.path.isfile(path):  # a pipe would never end
@@ -855,22 +945,65 @@ def read_picture(path, side=None):
             limit = Image.MAX_IMAGE_PIXELS
             if limit and image.width * image.height > limit:
                 raise UserError(f"more than Pillow's limit of {limit} pixels")
+            if max(image.size) > 100 * min(image.size):
+                raise UserError("it is more than a hundred times as long as wide")
             image = to_rgb(ImageOps.exif_transpose(image))
-            return np.array(image.resize((side, side), Image.BICUBIC) if side else image)
+            size = scaled_size(*image.size, side, squash) if side else image.size
+            return np.array(image.resize(size, Image.BICUBIC) if side else image)
     except Exception as error:  # a damaged file makes the decoders raise anything at all
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+def scaled_size(width, height, side, squash=False, at_once=False):
+    """(width, height) in proportion, so that the shorter one is `side`; squashed, both are.
+
+    at_once: smaller if it takes that to have at most max(2^20, 2 side^2) pixels, for a network
+    that gets the picture whole.
+    """
+    if squash:
+        return side, side
+    scale, most = side / min(width, height), max(2**20, 2 * side**2)
+    if at_once and width * height * scale**2 > most:
+        scale = (most / (width * height)) ** 0.5
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
 def to_rgb(image):
-    """A Pillow image of any mode -> RGB."""
-    if image.mode[0] in "IF":  # greys of 16 bits, or of 32, for which no white is agreed
-        grey = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-        white = max(65535 if image.mode[0] == "I" else 1, grey.max())
-        image = Image.fromarray((grey / white * 255).round().astype(np.uint8))
+    """A Pillow image of any mode -> RGB, in the colours of sRGB."""
+    if image.mode[0] in "IF":
+        image = eight_bits(image)
+    profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    if image.mode not in ("RGB", "CMYK", "L"):
+        image = image.convert("RGB")
+    return (to_srgb(image, profile) if profile else image).convert("RGB")
+
+
+def eight_bits(image):
+    """Greys of 16 bits, or of 32, for which no white is agreed, -> of 8."""
+    grey = np.nan_to_num(np.asarray(image, np.float64))
+    if grey.min() < 0:
+        raise UserError("it has negative values; bring it to 8 bits, with a window of your choice")
+    white = max(65535 if image.mode[0] == "I" else 1, grey.max())
+    levels = (grey / white * 255).round().astype(np.uint8)
+    if 0 < grey.max() < white / 16:
+        warnings.warn("a 16-bit picture uses less than a sixteenth of its range: "
+                      f"{levels.max() + 1} of 256 grey levels are left; bring it to 8 bits first",
+                      stacklevel=2)
+    return Image.fromarray(levels)
+
+
+def to_srgb(image, profile):
+    """An image with a colour profile -> the same colours in sRGB. An unreadable one is ignored."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        return ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
 
 
 def to_tensor(pictures, device="cpu"):

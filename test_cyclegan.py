@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -456,7 +457,8 @@ def test_the_rate_that_is_set_is_adams():
     ("image_size", 250), ("image_size", 16), ("load_size", 255), ("lambda_gan", -1.0),
     ("lambda_identity", -0.5), ("lambda_forward", math.nan), ("objective", "wgan"),
     ("batch_size", 0), ("lr", 0.0), ("lr", math.inf), ("lr", -1e-4), ("beta1", 1.0), ("width", 0),
-    ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5), ("seed", "x"), ("seed", 2**64)])
+    ("blocks", -1), ("buffer_size", -1), ("epochs", 1.5), ("seed", "x"), ("seed", 2**64),
+    ("flip", 1), ("squash", "yes")])
 def test_impossible_settings_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=f"^{field} .*{re.escape(repr(value))}"):
         Config(**{field: value})
@@ -732,6 +734,8 @@ def test_checkpoints_of_the_first_form_of_the_program_load(tmp_path):
                 "model": weights, "adams": [{}, {}]}, tmp_path / "latest.pt")
     run = train.open_run({"resume": tmp_path, "save_every": 7}, torch.device("cpu"))
     assert (run.data, run.epoch, run.save_every) == (["a", "b"], 0, 7)
+    assert run.model.config.squash and run.model.config.flip  # as that program did
+    assert cyclegan.load_generator(tmp_path).config.squash
     for each in (model, run.model):
         each.step(image(0), image(1))
     assert all(torch.equal(a, b) for a, b in zip(state_of(model), state_of(run.model), strict=True))
@@ -881,7 +885,7 @@ def test_what_is_written_is_synced_before_it_takes_its_name(tmp_path, monkeypatc
 
 def test_the_copy_of_an_epoch_is_saved_before_the_latest(monkeypatch):
     saved, model = [], CycleGAN(Config(**TINY))
-    monkeypatch.setattr(cyclegan, "save_checkpoint", lambda path, *_: saved.append(path.name))
+    monkeypatch.setattr(cyclegan, "save_checkpoint", lambda path, *_, keep: saved.append(path.name))
     for epoch, done in ((50, 0), (50, 1), (51, 0), (0, 0)):
         train.Run(Path("run"), model, ["a", "b"], False, epoch, done).save()
     # Killed in between, a run would continue after the epoch and never write its copy.
@@ -920,7 +924,8 @@ def test_pictures_of_every_mode(tmp_path):
             assert picture.shape == expected.shape, name
             assert np.abs(picture - expected.astype(int)).max() <= 1, name
     assert (cyclegan.read_picture(tmp_path / "key.png")[0, 0] == 255).all()
-    assert cyclegan.read_picture(tmp_path / "rgb.png", 9).shape == (9, 9, 3)
+    assert cyclegan.read_picture(tmp_path / "rgb.png", 10).shape == (10, 12, 3)
+    assert cyclegan.read_picture(tmp_path / "rgb.png", 10, squash=True).shape == (10, 10, 3)
     assert len(cyclegan.find_pictures(str(tmp_path))) == len(cases)
 
 
@@ -950,9 +955,12 @@ def test_a_network_that_changes_nothing_gives_the_picture_back(height, width):
     assert (cyclegan.translate(nothing, picture) == picture).all()
 
 
-def mapped(pictures, path):
-    pictures.tofile(path)
-    return np.memmap(path, np.uint8, "r", shape=pictures.shape)
+def cached(file, pictures, config):
+    """Pictures in a cache, written by hand."""
+    file.write_bytes(b"".join(picture.tobytes() for picture in pictures))
+    shapes = [number for picture in pictures for number in picture.shape[:2]]
+    np.array(shapes, np.int32).tofile(file.with_suffix(".shapes"))
+    return train.Pictures(file, config)
 
 
 def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
@@ -960,7 +968,7 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     A, B = (np.zeros((n, 30, 30, 3), np.uint8) + np.arange(n, dtype=np.uint8)[:, None, None, None]
             for n in (7, 4))
     A = A + np.arange(30, dtype=np.uint8)[:, None, None] * 8  # a row tells the place of a crop
-    A, B = mapped(A, tmp_path / "A"), mapped(B, tmp_path / "B")
+    A, B = (cached(tmp_path / name, pictures, config) for name, pictures in (("A", A), ("B", B)))
     seen, pairs, places = [], [], set()
     for epoch in (0, 1):
         batches = list(train.batches(config, A, B, epoch, 0))
@@ -977,9 +985,13 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     for one, two in zip(rest, batches[2:]):
         assert all((a == b).all() for a, b in zip(one, two))
     big = np.arange(30, dtype=np.uint8)[None, None, :, None] + np.zeros((1, 30, 30, 3), np.uint8)
-    big = mapped(big, tmp_path / "big")
-    flips = [next(train.batches(config, big, big, s, 0))[0][0, 0, :, 0] for s in range(60)]
-    assert 15 < sum(int(f[0]) > int(f[-1]) for f in flips) < 45  # mirrored half of the time
+    big = cached(tmp_path / "big", big, config)
+
+    def mirrored(config):
+        rows = [next(train.batches(config, big, big, s, 0))[0][0, 0, :, 0] for s in range(60)]
+        return sum(int(row[0]) > int(row[-1]) for row in rows)
+
+    assert 15 < mirrored(config) < 45 and mirrored(replace(config, flip=False)) == 0
     monkeypatch.setattr(train, "WORLD", 2)  # two processes share a batch of twice the size
     single, parts = replace(config, batch_size=1), []
     for rank in (0, 1):
@@ -988,27 +1000,268 @@ def test_batches_follow_the_authors_sampling(tmp_path, monkeypatch):
     assert all((np.concatenate(part) == b).all() for *part, b in zip(*parts, rest[0]))
 
 
-def test_changed_folder_is_read_again(user, tmp_path, capsys):
+def test_crops_lie_anywhere_in_pictures_of_any_shape(tmp_path):
+    config = Config(image_size=24, load_size=30, epochs=1, decay_epochs=1)
+    random = np.random.default_rng(0)
+    pictures = [random.integers(256, size=(*shape, 3), dtype=np.uint8)
+                for shape in ((30, 200), (50, 30), (30, 30))]
+    stored = cached(tmp_path / "A.bytes", pictures, config)
+    places = {0: set(), 1: set(), 2: set()}
+    for epoch in range(100):
+        for x, _ in train.batches(replace(config, flip=False), stored, stored, epoch, 0):
+            for k, picture in enumerate(pictures):
+                windows = np.lib.stride_tricks.sliding_window_view(picture, (24, 24), (0, 1))
+                same = (windows[:, :, :, :3, :3] == x[0, :3, :3].transpose(2, 0, 1)).all((2, 3, 4))
+                for top, left in np.argwhere(same):
+                    assert (picture[top:top + 24, left:left + 24] == x[0]).all()
+                    places[k].add((int(top), int(left)))
+    tops, lefts = ([{place[axis] for place in seen} for seen in places.values()] for axis in (0, 1))
+    assert [max(t) for t in tops] == [6, 26, 6] and max(lefts[0]) > 165 and max(lefts[1]) == 6
+    assert all(min(t) == 0 for t in tops[::2]) and len(lefts[0]) > 60
+
+
+def test_the_shorter_side_becomes_the_load_size():
+    size = cyclegan.scaled_size
+    assert size(4000, 3000, 286) == (381, 286) and size(3000, 4000, 286) == (286, 381)
+    assert size(64, 1800, 286) == (286, 8044) and size(1, 1, 72) == (72, 72)
+    assert size(400, 100, 286, squash=True) == (286, 286)
+    assert size(1920, 1080, 1024, at_once=True) == (1820, 1024)  # within 2 x 1024^2 pixels
+    width, height = size(64, 1800, 286, at_once=True)  # not within 2^20 pixels
+    assert 0.99 * 2**20 < width * height < 1.01 * 2**20 and abs(height / width / 28.125 - 1) < 0.01
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_changed_folder_is_read_again(squash, user, tmp_path, capsys):
     folder, cache = tmp_path / "growing", tmp_path / "cache"
     shutil.copytree(user / "apples", folder)
+    config = Config(**{**TINY, "load_size": 33}, squash=squash)
 
     def read():
-        train.update_cache(folder, 28, cache, "A")
-        [file] = cache.glob("A-*")
-        return np.array(train.map_pictures(cache, "A", 28)), file, file.stat().st_mtime_ns
+        train.update_cache(folder, config, cache, "A")
+        [file] = cache.glob("A-*.bytes")
+        stored = train.cached_pictures(cache, "A", config)
+        pictures = [stored.rows(k, 0, stored.shapes[k][0]) for k in range(len(stored))]
+        return pictures, file, file.stat().st_mtime_ns
+
+    def same(one, two):
+        return len(one) == len(two) and all((a == b).all() for a, b in zip(one, two))
 
     pictures, file, made = read()
-    expected = [cyclegan.read_picture(path, 28) for path in cyclegan.find_pictures(folder)]
-    assert (pictures == np.stack(expected)).all() and len(expected) == 5
-    assert read()[2] == made
-    file.write_bytes(file.read_bytes()[:5000])
-    assert (read()[0] == pictures).all()
+    paths = cyclegan.find_pictures(folder)
+    assert same(pictures, [cyclegan.read_picture(path, 33, squash) for path in paths])
+    assert len(pictures) == 5 and len({p.shape for p in pictures}) == (1 if squash else 5)
+    assert read()[2] == made and "not those" not in capsys.readouterr().out
+    for damaged in cache.iterdir():
+        damaged.write_bytes(damaged.read_bytes()[:-1000 if damaged == file else -4])
+        assert same(read()[0], pictures)
     shutil.copy(user / "oranges" / "oranges 0.png", folder)
     (folder / "nowhere.png").symlink_to("there is no such file")
-    more = read()[0]
-    assert len(more) == 6 and "nowhere.png" in capsys.readouterr().out
+    more, said = read()[0], capsys.readouterr().out
+    assert len(more) == 6 and "nowhere.png" in said
+    assert f"A: the pictures in {folder} are not those of the run's last start" in said
+    assert len(list(cache.iterdir())) == (1 if squash else 2)
     shutil.rmtree(folder)
-    assert (read()[0] == more).all() and "no longer exists" in capsys.readouterr().out
+    assert same(read()[0], more) and "no longer exists" in capsys.readouterr().out
+
+
+def test_a_cache_that_the_disk_has_no_room_for_is_refused_before_it_is_written(
+        user, tmp_path, monkeypatch):
+    config, folder = Config(**TINY), user / "apples"
+    paths = cyclegan.find_pictures(folder)
+    need = sum(cyclegan.read_picture(path, 36).size for path in paths)
+    assert train.check_room(paths, config, tmp_path) == need
+    assert train.check_room(1000 * paths, config, tmp_path) == pytest.approx(1000 * need, rel=0.1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
+    with pytest.raises(UserError, match=f"{need:,} bytes.*{need - 1:,}; a lower --load-size"):
+        train.update_cache(folder, config, tmp_path / "cache", "A")
+    assert not (tmp_path / "cache").exists()
+
+
+P3 = {  # Display P3, typed from its definition: primaries adapted to D50, and the curve of sRGB
+    "rXYZ": (0.51512, 0.24120, -0.00105), "gXYZ": (0.29198, 0.69225, 0.04189),
+    "bXYZ": (0.15710, 0.06657, 0.78407)}
+TO_SRGB = np.array([  # linear P3 -> linear sRGB
+    [1.2249, -0.2247, 0.0], [-0.0420, 1.0419, 0.0], [-0.0197, -0.0786, 1.0979]])
+
+
+def curve(v):
+    return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+
+
+def profile_of_display_p3():
+    """The bytes of an ICC profile, as its specification lays them out."""
+    def s15(*numbers):
+        return b"".join(struct.pack(">i", round(n * 65536)) for n in numbers)
+
+    levels = (curve(np.linspace(0, 1, 1024)) * 65535).round().astype(">u2")
+    trc = b"curv" + bytes(4) + struct.pack(">I", 1024) + levels.tobytes()
+    name = b"Display P3"
+    tags = {"desc": b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name + bytes(79),
+            "wtpt": b"XYZ " + bytes(4) + s15(0.9642, 1.0, 0.8249),
+            **{tag: b"XYZ " + bytes(4) + s15(*xyz) for tag, xyz in P3.items()},
+            "rTRC": trc, "gTRC": trc, "bTRC": trc}
+    table, data, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += tag.encode() + struct.pack(">II", start + len(data), len(content))
+        data += content
+    header = struct.pack(">I4sI4s4s4s", start + len(data), b"", 0x02400000, b"mntr", b"RGB ",
+                         b"XYZ ") + bytes(12) + b"acsp" + bytes(28) + s15(0.9642, 1.0, 0.8249)
+    return header.ljust(128, b"\0") + table + data
+
+
+def test_colour_profiles_are_brought_to_srgb_and_unreadable_ones_ignored(tmp_path):
+    random = np.random.default_rng(0)
+    picture = random.integers(40, 200, size=(8, 9, 3), dtype=np.uint8)
+    linear = curve(picture / 255) @ TO_SRGB.T
+    inside = (linear > 0.002).all(-1) & (linear < 1).all(-1)
+    expected = 255 * (1.055 * linear.clip(0.002, 1) ** (1 / 2.4) - 0.055)
+    for name, profile in (("p3", profile_of_display_p3()), ("broken", b"no profile"),
+                          ("srgb", ImageCms.ImageCmsProfile(cyclegan.SRGB).tobytes())):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png", icc_profile=profile)
+    read = cyclegan.read_picture(tmp_path / "p3.png").astype(float)
+    assert inside.mean() > 0.5 and np.abs(read - picture).max() > 10
+    assert np.abs(read - expected)[inside].max() < 1.5  # rounded, and by tables of 16 bits
+    for name in ("broken", "srgb"):
+        assert (cyclegan.read_picture(tmp_path / f"{name}.png") == picture).all()
+
+
+def test_greys_that_a_window_has_to_be_chosen_for_are_told(tmp_path):
+    ct = np.linspace(0, 4095, 30).astype(np.uint16).reshape(5, 6)
+    Image.fromarray(ct).save(tmp_path / "ct.png")
+    with pytest.warns(UserWarning, match="a sixteenth of its range: 17 of 256 grey levels are"):
+        picture = cyclegan.read_picture(tmp_path / "ct.png")
+    assert picture.max() == 16
+    for values in (np.array([[-1000.0, 400.0]], np.float32), np.array([[-1, 9]], np.int32)):
+        Image.fromarray(values).save(tmp_path / "hounsfield.tif")
+        with pytest.raises(UserError, match="hounsfield.tif: it has negative values"):
+            cyclegan.read_picture(tmp_path / "hounsfield.tif")
+
+
+def test_pictures_too_long_for_their_width_are_refused(tmp_path):
+    Image.new("RGB", (6, 600)).save(tmp_path / "a.png")
+    assert cyclegan.read_picture(tmp_path / "a.png", 24).shape == (2400, 24, 3)
+    Image.new("RGB", (601, 6)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png: it is more than a hundred times as long as wide"):
+        cyclegan.read_picture(tmp_path / "a.png", 24)
+
+
+def test_ignored_files_are_counted_by_suffix(tmp_path):
+    (tmp_path / "more").mkdir()
+    names = [*(f"more/{k}.HEIC" for k in range(1000)), "a.txt", "b.txt", "c", ".hidden", "d.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    ignored = cyclegan.ignored_files(tmp_path)
+    if cyclegan.HEIC:  # pillow_heif is not installed
+        assert ignored == f"1,000 .heic, 2 .txt, 1 without a suffix; {cyclegan.HEIC}"
+        with pytest.raises(UserError, match="holds no pictures.*1,000 .heic; HEIC is read where"):
+            cyclegan.find_pictures(tmp_path / "more")
+    else:
+        assert ignored == "2 .txt, 1 without a suffix"
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    picture = np.asarray(Image.fromarray(photograph()).resize((64, 48)))
+    pillow_heif.from_pillow(Image.fromarray(picture)).save(tmp_path / "a.heic", quality=-1)
+    assert cyclegan.find_pictures(tmp_path) == [tmp_path / "a.heic"]
+    read = cyclegan.read_picture(tmp_path / "a.heic")
+    assert np.abs(read - picture.astype(int)).mean() < 4  # colours at half the resolution
+
+
+# ---- One picture, at the scale of training -------------------------------------------------------
+
+
+class Recolours(nn.Module):
+    """A network with a scale that changes colours by an affine map, and notes what it saw."""
+
+    def __init__(self, config=None, A=((1, 0, 0), (0, 1, 0), (0, 0, 1)), b=(0, 0, 0)):
+        super().__init__()
+        self.config, self.saw = config, []
+        self.A, self.b = nn.Parameter(torch.tensor(A).float()), torch.tensor(b).float()
+
+    def forward(self, images):
+        self.saw.append(tuple(images.shape[2:]))
+        return torch.einsum("ij,njhw->nihw", self.A, images) + self.b[:, None, None]
+
+
+def test_pictures_reach_the_network_at_the_scale_of_training():
+    ours, squashed = Config(), Config(squash=True)
+    cases = [  # config, (width, height), size, then the height and width that the network sees
+        (ours, (400, 300), None, (288, 384)), (ours, (30, 40), None, (384, 288)),
+        (None, (400, 300), None, (256, 344)), (ours, (400, 300), 100, (100, 136)),
+        (ours, (400, 300), "full", (300, 400)), (squashed, (400, 300), None, (288, 288)),
+        (squashed, (400, 300), 100, (100, 100)), (ours, (7, 700), None, (10240, 104))]
+    for config, (width, height), size, expected in cases:  # 286 x 381 grow to multiples of 4
+        network = Recolours(config)
+        picture = np.full((height, width, 3), 99, np.uint8)
+        assert (translate.translate_photo(network, picture, size) == picture).all()
+        assert network.saw == [expected]
+
+
+def test_a_picture_that_is_not_reduced_gets_the_networks_own_output():
+    generator, picture = Generator(4, 1), photograph()
+    generator.config = Config(image_size=64, load_size=190, blocks=1)
+    result = translate.translate_photo(generator, picture)
+    assert (result == cyclegan.translate(generator, picture)).all()
+    generator.config = Config(image_size=64, load_size=285, blocks=1)  # enlarged
+    larger = Image.fromarray(picture).resize((285, 380), Image.BICUBIC)
+    result = Image.fromarray(cyclegan.translate(generator, np.asarray(larger)))
+    expected = np.asarray(result.resize((190, 253), Image.BICUBIC))
+    assert (translate.translate_photo(generator, picture) == expected).all()
+
+
+def test_a_change_of_colours_is_carried_back_exactly():
+    picture = np.asarray(Image.fromarray(photograph()).resize((700, 935), Image.BICUBIC))
+    for A, b in (((-1, 0, 0), (0, -1, 0), (0, 0, -1)), (0, 0, 0)), (
+            ((0.5, 0.2, 0), (0, 0.7, 0.1), (0.3, 0, 0.4)), (0.1, -0.2, 0.0)):
+        network = Recolours(Config(image_size=64, load_size=72), A, b)
+        result = translate.translate_photo(network, picture)
+        assert network.saw == [(96, 72)] and result.shape == picture.shape
+        expected = ((np.array(A) @ (picture / 127.5 - 1)[..., None])[..., 0] + b + 1) * 127.5
+        # Bytes that the network returns are rounded: up to half a level, and one more here.
+        assert np.abs(result - expected.clip(0, 255)).max() <= 1
+
+
+def disc(side, period=None):
+    """A plain disc on a wall; with stripes of a period, a fraction of the side, if given."""
+    v, u = (np.mgrid[:side, :side] + 0.5) / side
+    inside = (0.38 - np.hypot(u - 0.5, v - 0.5)) * side
+    stripes = 0 if period is None else 90 * np.sign(np.sin(2 * np.pi * u / period))
+    picture = 90 + np.clip(inside + 0.5, 0, 1) * (60 + stripes)
+    return np.stack([picture, picture * 0.9, picture * 0.8], -1).round().astype(np.uint8)
+
+
+def test_stripes_that_the_network_paints_are_carried_back():
+    plain, small = disc(512), disc(64)
+    for period, most in ((6, 9), (12, 6), (20, 5)):  # pixels of the small picture; grey levels
+        truth = disc(512, period / 64)
+        result = translate.carry_back(plain, small, disc(64, period / 64))
+        untranslated = np.abs(plain - truth.astype(int)).mean()
+        assert untranslated > 20 and np.abs(result - truth.astype(int)).mean() < most, period
+
+
+def test_the_noise_of_the_network_is_not_carried_back():
+    picture = np.asarray(Image.fromarray(photograph()).resize((760, 1012), Image.BICUBIC))
+    small = np.asarray(Image.fromarray(picture).resize((95, 127), Image.BICUBIC))
+    board = 12 * (2 * (np.indices(small.shape[:2]).sum(0) % 2) - 1)[..., None]
+    noisy = np.clip(255 - small.astype(int) + board, 0, 255).astype(np.uint8)
+    error = np.abs(translate.carry_back(picture, small, noisy) - (255 - picture.astype(int))).mean()
+    assert error < 1.5
+    assert np.abs(noisy - (255 - small.astype(int))).mean() > 10  # what enlarging would keep
+
+
+def test_a_carried_back_picture_has_no_seams_and_any_size():
+    random = np.random.default_rng(0)
+    picture = np.asarray(Image.fromarray(photograph()).resize((300, 600), Image.BICUBIC))
+    small = np.asarray(Image.fromarray(picture).resize((50, 100), Image.BICUBIC))
+    translated = random.integers(256, size=small.shape, dtype=np.uint8)
+    whole = translate.carry_back(picture, small, translated, strip=600)
+    assert (translate.carry_back(picture, small, translated, strip=7) == whole).all()
+    for height, width in ((1, 1), (2, 5), (300, 1)):
+        picture = random.integers(256, size=(height, width, 3), dtype=np.uint8)
+        small = picture[:max(1, height // 2), :max(1, width // 2)]
+        assert translate.carry_back(picture, small, 255 - small).shape == picture.shape
 
 
 # ==== The programs, run for real ==================================================================
@@ -1131,8 +1384,9 @@ def test_training_writes_what_it_promises(user):
     folder = user / "trained"
     written = sorted(re.sub("-[0-9a-f]{16}", "", str(path.relative_to(folder)))
                      for path in folder.rglob("*") if path.is_file())
-    assert written == [".lock", "cache/A.bytes", "cache/B.bytes", "epoch_0002.pt", "epoch_0004.pt",
-                       "latest.pt", "losses.csv", "samples.gif",
+    assert written == [".lock", "cache/A.bytes", "cache/A.shapes", "cache/B.bytes",
+                       "cache/B.shapes", "epoch_0002.pt", "epoch_0004.pt", "latest.pt",
+                       "losses.csv", "samples.gif",
                        *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
     lines = (folder / "losses.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,rate,gan,cycle,identity,D_X,D_Y"
@@ -1141,20 +1395,25 @@ def test_training_writes_what_it_promises(user):
     assert [row[1] for row in rows[::3]] == [1, 2, 3, 4]
     assert np.allclose([row[2] for row in rows[::3]], [2e-4, 2e-4, 2e-4 * 2 / 3, 2e-4 / 3],
                        rtol=1e-6)
+    model = cyclegan.load_checkpoint(folder / "latest.pt")[0]
     grid = np.asarray(Image.open(folder / "samples" / "epoch_0004.png"))
-    assert grid.shape == (4 * 32, 6 * 32, 3)  # 28 pixels in a frame of 2
-    shown = Image.open(user / "apples" / "apples 0.png").resize((28, 28), Image.BICUBIC)
-    assert (grid[2:30, 2:30] == np.asarray(shown)).all()  # whole, not cropped
-    model, cells = cyclegan.load_checkpoint(folder / "latest.pt")[0], grid.reshape(4, 32, 6, 32, 3)
-    A, B = (np.fromfile(next(folder.glob(f"cache/{name}-*")), np.uint8).reshape(-1, 28, 28, 3)
-            for name in "AB")
-    x = cyclegan.to_tensor(A[[0, 1, 2, 3]])  # each fourth of 5
-    y = cyclegan.to_tensor(B[[0, 0, 1, 2]])  # and of 3
-    with torch.no_grad():
-        columns = (x, model.G(x), model.F(model.G(x)), y, model.F(y), model.G(model.F(y)))
-    for k, column in enumerate(columns):  # in other batches rounding may differ
-        expected = cyclegan.to_pictures(column).astype(int)
-        assert np.abs(cells[:, 2:30, k, 2:30] - expected).max() <= 1, k
+    assert grid.shape == (4 * 32, 6 * 42, 3)  # 28 x 38 pixels, 30 x 41 at their scale, and a frame
+    for row, (a, b) in enumerate(((0, 0), (1, 0), (2, 1), (3, 2))):  # fourths of 5 and of 3
+        for column, name, k, networks in ((0, "apples", a, (model.G, model.F)),
+                                          (3, "oranges", b, (model.F, model.G))):
+            path = cyclegan.find_pictures(user / name)[k]
+            picture = cyclegan.read_picture(path, 28)  # whole, not cropped
+            height, width = picture.shape[:2]
+            image = cyclegan.to_tensor(cyclegan.pad_to_multiple_of_4(picture[None]))
+            with torch.no_grad():
+                images = [image, networks[0](image), networks[1](networks[0](image))]
+            left = (42 - width) // 2
+            for n, expected in enumerate(images):
+                cell = grid[32 * row:32 * row + 32, 42 * (column + n):42 * (column + n) + 42]
+                inside = cell[2:30, left:left + width].astype(int)
+                expected = cyclegan.to_pictures(expected)[0, :height, :width]
+                assert np.abs(inside - expected).max() <= 1  # in other batches rounding may differ
+                assert (cell[:2] == 255).all() and (cell[:, :left] == 255).all()
 
 
 def test_the_decaying_rate_reaches_adam_and_small_domains_are_drawn_from(user):
@@ -1189,6 +1448,133 @@ def test_interrupted_and_resumed_equals_uninterrupted(user):
     one, two = ((user / name / "losses.csv").read_text() for name in ("stopped", "whole"))
     assert one == two
     assert "nothing to do" in ok(user, f"{line} --max-steps {last}")[0]
+
+
+def test_a_run_starts_from_the_networks_of_another(user):
+    out, other = ok(
+        user, "train.py --dataA oranges --dataB apples --image-size 24 --start-from trained"
+        " --lr 1e-30 --seed 5 --max-steps 1 --out begun-from-run",
+        f"train.py --dataA oranges --dataB apples {SMALL} --start-from trained/epoch_0002.pt"
+        " --max-steps 1 --out begun-from-epoch")
+    assert "from trained: G, F, D_X, D_Y; at random: none" in out
+    assert "from trained/epoch_0002.pt: G, F" in other
+    old, new = (torch.load(user / name / "latest.pt") for name in ("trained", "begun-from-run"))
+    assert new["steps"] == 1 and (new["config"]["width"], new["config"]["blocks"]) == (2, 1)
+    assert new["config"]["seed"] == 5 and new["config"]["epochs"] == 100  # all else is new
+    for key, value in old["model"].items():
+        if not key.startswith("buffer"):
+            assert torch.allclose(value, new["model"][key], rtol=0, atol=1e-20), key
+    assert all(moments["step"] == 1 for adam in new["adams"] for moments in adam.values())
+
+
+def test_a_run_starts_from_the_authors_files(user):
+    twins = {}
+    for seed, name in enumerate(("G_A", "G_B", "D_A", "D_B")):
+        file = user / "theirs" / f"latest_net_{name}.pth"
+        twins[name] = authors_file(file, "plain", 3, 6, seed)
+        if name[0] == "D":
+            torch.manual_seed(seed)
+            twins[name] = twin_discriminator(3)
+            torch.save({f"model.{k}": v for k, v in twins[name].state_dict().items()}, file)
+    (user / "released").mkdir()
+    shutil.copy(user / "theirs" / "latest_net_G_B.pth", user / "released" / "latest_net_G.pth")
+    new = "train.py --dataA apples --dataB oranges --image-size 24 --lr 1e-30 --max-steps 1"
+    four, one, file = ok(user, f"{new} --start-from theirs --out from-four",
+                         f"{new} --start-from released --out from-one",
+                         f"{new} --start-from theirs/latest_net_G_B.pth --out from-file")
+    assert "from theirs: G, F, D_X, D_Y; at random: none" in four
+    assert "from released: G; at random: F, D_X, D_Y" in one and "G; at random: F, D" in file
+    taken = {"from-four": {"G": "G_A", "F": "G_B", "D_X": "D_B", "D_Y": "D_A"},
+             "from-one": {"G": "G_B"}, "from-file": {"G": "G_B"}}  # their D_A judges what G_A makes
+    for folder, names in taken.items():
+        model = cyclegan.load_checkpoint(user / folder / "latest.pt")[0]
+        assert (model.config.width, model.config.blocks) == (3, 6)
+        for ours, theirs in names.items():
+            weights = twins[theirs].state_dict()
+            for key, value in getattr(model, ours).model.state_dict().items():
+                assert torch.allclose(value, weights[key], rtol=0, atol=1e-20), (folder, ours, key)
+    assert model.F.model[1].weight.std() < 0.03  # at random, as Sec. 7.1 has it
+    torch.save(twin_discriminator(4).state_dict(), user / "released" / "latest_net_D_A.pth")
+    with pytest.raises(UserError, match="latest_net_D_A.pth holds no 70 x 70 discriminator"):
+        cyclegan.load_networks(user / "released")  # its keys lack "model."
+
+
+def test_epochs_may_be_changed_either_way_when_a_run_is_resumed(user):
+    for name in ("sooner", "longer", "later"):
+        shutil.copytree(user / "trained", user / name)
+    new = f"{TRAIN} --batch-size 2 --epochs 8 --decay-epochs 1 --max-steps 11 --out sooner"
+    shutil.rmtree(user / "sooner")
+    ok(user, new)  # in the middle of epoch 4
+    sooner, longer = ok(user, "train.py --resume sooner --epochs 1 --decay-epochs 3",
+                        "train.py --resume longer --epochs 6 --decay-epochs 2")
+    assert "in epoch 4 the learning rate is 0.00015; in the last, epoch 6, 5e-05" in sooner
+    assert "in epoch 5 the learning rate is 0.0002, until epoch 6; in the last, epoch 8," in longer
+    rates = {name: [line.split(",")[1:3] for line in
+                    (user / name / "losses.csv").read_text().splitlines()[1:]]
+             for name in ("sooner", "longer")}
+    assert [float(rate) for _, rate in rates["sooner"]] == pytest.approx(
+        11 * [2e-4] + [1.5e-4] + 3 * [1e-4] + 3 * [5e-5], rel=1e-6)
+    assert [float(rate) for _, rate in rates["longer"][12::3]] == pytest.approx(
+        [2e-4, 2e-4, 4e-4 / 3, 2e-4 / 3], rel=1e-6)
+    assert [int(epoch) for epoch, _ in rates["longer"][::3]] == list(range(1, 9))
+    config = cyclegan.load_checkpoint(user / "sooner" / "latest.pt")[0].config
+    assert (config.epochs, config.decay_epochs) == (3, 3)
+    later = ok(user, "train.py --resume later --epochs 1 --decay-epochs 1")[0]
+    assert "nothing to do" in later  # all of its epochs are done
+
+
+def test_between_the_minutes_of_saving_only_numbered_epochs_are_saved(user):
+    program = Program(user, f"{TRAIN} --save-every 4 --out seldom")
+    program.wait_for("epoch 3/")
+    assert steps_of(user / "seldom") == 0  # after 10 minutes, unless told
+    program.wait_for("epoch 6/")
+    assert steps_of(user / "seldom") == 20
+    program.send(signal.SIGINT)
+    program.finish()
+    assert steps_of(user / "seldom") > 20
+
+
+HELD = """
+import os, runpy, sys, time
+replace, sleep, began = os.replace, time.sleep, time.time()
+def held(source, target):  # as by a virus scanner, a synchronising folder, Samba
+    name = os.path.basename(target)
+    if name in NAMES.split() and os.path.exists(target) and time.time() < began + SECONDS:
+        raise PermissionError(13, "Permission denied")
+    replace(source, target)
+os.replace, time.sleep = held, lambda seconds: sleep(SLEEP * seconds)
+sys.path.insert(0, HERE)
+sys.argv[0] = os.path.join(HERE, "train.py")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_files_that_cannot_be_replaced_lose_nothing(user):
+    def program(name, names, seconds, sleep):
+        text = HELD.replace("NAMES", repr(names)).replace("SECONDS", str(seconds))
+        text = text.replace("SLEEP", str(sleep)).replace("HERE", repr(str(HERE)))
+        (user / f"{name}.py").write_text(text)
+        line = f"{TRAIN} --epochs 2 --decay-epochs 2 --batch-size 2 --buffer-size 3 --out {name}"
+        return Program(user, line.replace("train.py", str(user / f"{name}.py")) + " --save-every 2")
+
+    brief = program("brief", "latest.pt", 3, 1)
+    held = program("held", "latest.pt samples.gif epoch_0001.png", 1e9, 0.01)
+    status, out, err = brief.finish()  # tried again until it went
+    assert status == 0 and "note" not in out and same_state(user / "brief", user / "trained")
+    status, out, err = held.finish()
+    assert status == 1 and out.count("note: cannot replace held/latest.pt: Permission denied; "
+                                     "training goes on\n") == 1  # after epoch 2
+    assert len(err.splitlines()) == 1 and "rename held/latest.new.pt to latest.pt" in err, err
+    assert steps_of(user / "held") == 0 and not list((user / "held").rglob("*.part"))
+    os.replace(user / "held" / "latest.new.pt", user / "held" / "latest.pt")
+    assert same_state(user / "held", user / "trained")
+    assert (user / "held" / "epoch_0002.pt").exists()
+    (user / "held" / "samples.gif").touch()
+    shutil.copy(user / "held.py", user / "gif.py")
+    line = f"{user / 'gif.py'} --resume held --epochs 3 --max-steps 13"
+    (user / "gif.py").write_text((user / "held.py").read_text().replace("latest.pt", "-"))
+    status, out, err = Program(user, line).finish()
+    assert status == 0 and "note: cannot replace held/samples.gif" in out, (out, err)
 
 
 @pytest.fixture(scope="module")
@@ -1332,7 +1718,8 @@ def test_translations_keep_names_folders_and_sizes(user):
         user, "translate.py apples --checkpoint trained --out there",
         "translate.py 'apples/apples 2.png' 'apples/more/apples 1.jpg' --direction BtoA"
         " --checkpoint trained/epoch_0004.pt --out two --side-by-side",
-        "translate.py 'a photograph.png' --checkpoint horse2zebra --direction BtoA --out there")
+        "translate.py 'a photograph.png' --checkpoint horse2zebra --direction BtoA --out there"
+        " --size full")
     names = {"apples 0", "more/apples 1", "apples 2", "apples 3", "apples 4"}
     printed = outs[0].splitlines()  # a line for each result
     assert set(printed[1:-1]) == {f"there/{name}.png" for name in names} and len(printed) == 7
@@ -1341,14 +1728,55 @@ def test_translations_keep_names_folders_and_sizes(user):
     assert "5 translated" in printed[-1] and "1 picture\n" in outs[2]
     picture = cyclegan.read_picture(user / "apples" / "apples 2.png")
     model, _ = cyclegan.load_checkpoint(user / "trained" / "latest.pt")
-    for folder, network, width in (("there", model.G, 41), ("two", model.F, 82)):
+    for folder, direction, width in (("there", "AtoB", 41), ("two", "BtoA", 82)):
         result = cyclegan.read_picture(user / folder / "apples 2.png")
-        assert result.shape == (32, width, 3)
-        assert (result[:, -41:] == cyclegan.translate(network, picture)).all()
+        network = cyclegan.load_generator(user / "trained", direction)
+        assert result.shape == (32, width, 3) and network.config == model.config
+        assert (result[:, -41:] == translate.translate_photo(network, picture)).all()
     assert (result[:, :41] == picture).all()
     result = cyclegan.read_picture(user / "there" / "a photograph.png")
     assert np.abs(result - by_twin(twin, photograph())).max() < 1
-    assert cyclegan.load_generator(user / "trained").config == model.config
+
+
+def test_results_in_jpeg_replace_their_own_kind_only(user):
+    line = "translate.py apples/more oranges --checkpoint trained --out jpegs --format"
+    ok(user, f"{line} png")
+    first = (user / "jpegs" / "more" / "apples 1.png").read_bytes()
+    for _ in range(2):
+        assert "4 translated into jpegs" in ok(user, f"{line} jpg")[0]
+    results = {str(p.relative_to(user / "jpegs")) for p in (user / "jpegs").rglob("*.*")}
+    assert results == {f"{name}.{kind}" for kind in ("png", "jpg") for name in (
+        "more/apples 1", "oranges/oranges 0", "oranges/more/oranges 1", "oranges/oranges 2")}
+    assert (user / "jpegs" / "more" / "apples 1.png").read_bytes() == first
+    with Image.open(user / "jpegs" / "more" / "apples 1.jpg") as image:
+        assert image.format == "JPEG" and image.size == (41, 31)
+        lossless = cyclegan.read_picture(user / "jpegs" / "more" / "apples 1.png").astype(int)
+        assert np.abs(lossless - np.asarray(image)).mean() < 6  # of noise
+    own = shutil.copy(user / "apples" / "more" / "apples 1.jpg", user / "jpegs" / "oranges")
+    os.replace(own, user / "jpegs" / "more" / "apples 1.jpg")
+    [(status, _, err)] = run(user, f"{line} jpg")
+    assert status == 1 and "apples 1.jpg exists and was not written by translate.py" in err
+
+
+def test_a_folder_of_odd_shapes_trains_and_translates(user):
+    sizes = [(64, 1800), (533, 8), (1, 1), (720, 1280), (30, 41), (8, 801)]  # width, height
+    (user / "odd").mkdir()
+    random = np.random.default_rng(0)
+    for width, height in sizes:
+        picture = random.integers(256, size=(height, width, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(user / "odd" / f"{width}x{height}.png")
+    (user / "odd" / "notes.txt").touch()
+    [out] = ok(user, f"train.py --dataA odd --dataB oranges {SMALL} --max-steps 7 --out odd-run")
+    assert "8x801.png: it is more than a hundred times as long as wide" in out
+    assert "A: 5 pictures" in out and "\nA: ignored: 1 .txt\n" in out
+    with Image.open(user / "odd-run" / "samples" / "epoch_0001.png") as grid:
+        assert grid.size == (6 * 60, 4 * 60)  # whole pictures, none longer than 2 x 28
+    [(status, out, err)] = run(user, "translate.py odd --checkpoint odd-run --out odd-out")
+    assert status == 1 and err.startswith("skipped: ") and "8x801.png" in err
+    assert "odd: ignored: 1 .txt\n" in out
+    for width, height in sizes[:-1]:
+        with Image.open(user / "odd-out" / f"{width}x{height}.png") as image:
+            assert image.size == (width, height)
 
 
 def test_nothing_is_written_over(user):
@@ -1374,22 +1802,20 @@ def test_nothing_is_written_over(user):
     assert Path(mine).read_bytes() == (user / "oranges" / "oranges 0.png").read_bytes()
 
 
-def test_pictures_of_one_size_go_together_and_what_memory_cannot_hold_is_skipped(
-        tmp_path, monkeypatch, capsys):
-    pairs, shapes = [], []
+def test_what_memory_cannot_hold_is_skipped(tmp_path, monkeypatch, capsys):
+    pairs = []
     for name, height in (("a", 8), ("b", 12), ("c", 8)):
         Image.new("RGB", (9, height)).save(tmp_path / f"{name}.png")
         pairs.append((tmp_path / f"{name}.png", tmp_path / "out" / f"{name}.png"))
 
-    def network(_, pictures, __):
-        shapes.append(pictures.shape)
-        return torch.empty(10**15) if pictures.shape[1] == 12 else 255 - pictures
+    def network(_, picture, __):
+        return torch.empty(10**15) if picture.shape[0] == 12 else 255 - picture
 
     monkeypatch.setattr(cyclegan, "translate", network)
-    assert translate.translate_all(None, "fp32", pairs, False) == 2
-    assert sorted(shapes) == [(1, 12, 9, 3), (2, 8, 9, 3)]
+    options = SimpleNamespace(size="full", side_by_side=False)
+    assert translate.translate_all(None, pairs, options, "fp32") == 2
     err = capsys.readouterr().err
-    assert err.startswith("skipped: too large") and err.endswith("b.png\n")
+    assert err.startswith("skipped: too large") and "b.png; a lower --size" in err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "c.png"}
     assert (cyclegan.read_picture(tmp_path / "out" / "c.png") == 255).all()
 
@@ -1422,8 +1848,9 @@ def bad(user):
                     ignore=shutil.ignore_patterns("cache"))
     shutil.copy(user / "apples" / "apples 0.png", user / "some" / ("l" * 251 + ".png"))
     (user / "file").write_text("a file")
-    for name in ("cut", "other", "fewer"):  # one for each, as they go side by side
+    for name in ("cut", "other", "unreplaced"):  # one for each, as they go side by side
         shutil.copytree(user / "trained", user / name)
+    (user / "unreplaced" / "latest.new.pt").touch()
     (user / "cut" / "latest.pt").write_bytes((user / "trained" / "latest.pt").read_bytes()[:5000])
     return user
 
@@ -1446,7 +1873,13 @@ MISTAKES = {  # a command line, and what its one sentence says
     "checkpoint cut short": ("train.py --resume cut", "cut/latest.pt"),
     "other settings": ("train.py --resume trained --width 5", "--width 5"),
     "other pictures": ("train.py --resume other --dataA oranges", "--dataA"),
-    "fewer epochs": ("train.py --resume fewer --epochs 1", "--epochs 1"),
+    "mirrored": ("train.py --resume trained --no-flip", "--no-flip contradicts"),
+    "A twice": ("train.py --dataA apples --dataB ./oranges/../apples", "apples are one folder"),
+    "one folder in the other": ("train.py --dataA apples/more --dataB apples", "lies in the other"),
+    "started and resumed": ("train.py --resume trained --start-from trained", "--start-from"),
+    "another width than it has": (f"{TRAIN} --start-from trained --width 4", "--width 4"),
+    "no networks": (f"{TRAIN} --start-from oranges", "oranges holds no networks"),
+    "not replaced": ("train.py --resume unreplaced", "rename it to latest.pt"),
     "loss not finite": (f"{TRAIN} --lr 1e30 --out exploded", "is nan at step"),
     "weights not finite": (f"{TRAIN} --lr 1e39 --max-steps 1 --out overflowed",
                            "a weight is not finite after step 1"),
@@ -1455,7 +1888,8 @@ MISTAKES = {  # a command line, and what its one sentence says
     "no checkpoint": ("translate.py apples --checkpoint apples", "apples/latest.pt"),
     "no generator": ("translate.py apples --checkpoint 'apples/apples 0.png'", "apples 0.png"),
     "cut checkpoint": ("translate.py apples --checkpoint cut", "cut/latest.pt"),
-    "out cannot be written": ("translate.py apples --checkpoint trained --out file/x", "file/x")}
+    "out cannot be written": ("translate.py apples --checkpoint trained --out file/x", "file/x"),
+    "a size of nothing": ("translate.py apples --checkpoint trained --size 0", "--size")}
 if not torch.cuda.is_available():
     MISTAKES["no CUDA"] = (f"{TRAIN} --device cuda", "--device cuda")
 

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +67,8 @@ def parse():
         help="pictures of domain B, the paper's Y (default: the demo draws both)")
     add("--out", type=Path, metavar="RUN", help="new folder (default: the next free name in runs/)")
     add("--resume", type=Path, metavar="RUN", help="continue the run in this folder")
+    add("--start-from", type=Path, metavar="RUN_OR_FILE_OR_FOLDER",
+        help="begin a new run with the networks of a run, a checkpoint or the authors' files")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
         help="where to compute (default: cuda if there is one, else cpu)")
     add("--precision", choices=("auto", "fp32", "bf16"),
@@ -75,7 +78,7 @@ def parse():
     add("--save-every", type=positive, metavar="N",
         help="keep the checkpoint of every Nth epoch as epoch_0050.pt and so on (default: 50)")
     add("--save-minutes", type=float, metavar="M",
-        help="save every M minutes, besides after every epoch (default: 10)")
+        help="save every M minutes, besides every Nth epoch and at the end (default: 10)")
     add("--sample-every", type=positive, metavar="N",
         help="draw samples after every Nth epoch (default: 1)")
     add_settings(parser)
@@ -96,8 +99,18 @@ def add_settings(parser):
         if f.name in groups:
             add = parser.add_argument_group(groups[f.name]).add_argument
         default = "" if f.default is None else f" (default: {f.default})"
-        add("--" + f.name.replace("_", "-"), type=f.type, metavar=metavars[f.type],
-            help=f.metadata["help"] + default)
+        kind = {"type": f.type, "metavar": metavars.get(f.type)}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        add(flag(f.name), help=f.metadata["help"] + default, **kind)
+
+
+def flag(name, value=None):
+    """A setting as it is typed: --load-size, --load-size 286, --no-flip."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}" if value is None else f"--{name} {value}"
 
 
 def log(line, passing=False):
@@ -158,30 +171,60 @@ def from_rank_0(group, value):
 # ---- Pictures: decoded once into a file of bytes; a step crops and flips from there --------------
 
 
-def open_pictures(run, group):
-    """A and B, each an (n, side, side, 3) uint8 array mapped from a file that rank 0 writes.
+class Pictures:
+    """The pictures of a domain, of any shapes, one after another in a file of bytes.
 
-    The run's folder has to be visible to all processes.
+    A second file holds their heights and widths, unless all are squashed to squares.
     """
-    side, cache = run.model.config.load_size, run.folder / "cache"
+
+    def __init__(self, file, config):
+        self.file, side = file, config.load_size
+        if config.squash:
+            self.shapes = np.full((file.stat().st_size // (3 * side**2), 2), side)
+        else:
+            self.shapes = np.fromfile(shapes_file(file), np.int32).reshape(-1, 2)
+        ends = 3 * self.shapes.prod(1, dtype=np.int64).cumsum()
+        self.starts = np.concatenate([[0], ends])
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def rows(self, index, top, bottom):
+        """Some rows of a picture, (bottom - top, W, 3) uint8, in one read.
+
+        That is faster than a mapping, where one page fault may fetch megabytes.
+        """
+        width = self.shapes[index][1]
+        start = self.starts[index] + 3 * width * top
+        data = np.fromfile(self.file, np.uint8, 3 * width * (bottom - top), offset=start)
+        return data.reshape(-1, width, 3)
+
+
+def shapes_file(file):
+    return file.with_suffix(".shapes")
+
+
+def open_pictures(run, group):
+    """A and B, as Pictures in files that rank 0 writes: all processes must see the run's folder."""
+    config, cache = run.model.config, run.folder / "cache"
     if RANK == 0:
         if run.demo:
-            draw_demo(run.folder, side)
+            draw_demo(run.folder, config.load_size)
         for folder, name in zip(run.data, "AB"):
-            update_cache(run.folder / folder, side, cache, name)
+            update_cache(run.folder / folder, config, cache, name)
     if group:
         dist.barrier(group)
-    return [map_pictures(cache, name, side) for name in "AB"]
+    return [cached_pictures(cache, name, config) for name in "AB"]
 
 
-def map_pictures(cache, name, side):
+def cached_pictures(cache, name, config):
     files = sorted(cache.glob(f"{name}-*.bytes"), key=os.path.getmtime)
     if not files:
         raise UserError(f"{cache} is not visible to this process; all need the run's folder")
-    return np.memmap(files[-1], np.uint8, "r").reshape(-1, side, side, 3)
+    return Pictures(files[-1], config)
 
 
-def update_cache(folder, side, cache, name):
+def update_cache(folder, config, cache, name):
     """Writes the readable pictures under a folder to one file, unless it is there already.
 
     Its name holds a hash of the pictures' names, sizes and times, so adding, removing or changing
@@ -191,38 +234,85 @@ def update_cache(folder, side, cache, name):
     if earlier and not folder.is_dir():
         log(f"{name}: {folder} no longer exists; its pictures are taken from {cache}")
         return
-    paths, stamp = cyclegan.find_pictures(folder), hashlib.sha256()
-    for path in paths:
-        status = path.stat() if path.exists() else path.lstat()  # links may lead nowhere
-        line = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
-        stamp.update(line.encode(errors="surrogateescape"))
-    file = cache / f"{name}-{stamp.hexdigest()[:16]}.bytes"
-    size = 3 * side**2
-    if not file.exists() or file.stat().st_size % size:
-        cyclegan.write_file(file, decoded(paths, side, name))
+    paths = cyclegan.find_pictures(folder)
+    file = cache / f"{name}-{hash_of(folder, paths)}.bytes"
+    if earlier and file not in earlier:
+        log(f"{name}: the pictures in {folder} are not those of the run's last start")
+    if not is_complete(file, config):
+        need = check_room(paths, config, cache)
+        log(f"{name}: reading {len(paths):,} files into about {need / 1e6:,.1f} MB")
+        cyclegan.write_file(file, decoded(paths, config, file))
     for path in set(earlier) - {file}:
         path.unlink()
-    count = file.stat().st_size // size
+        shapes_file(path).unlink(missing_ok=True)
+    count = len(Pictures(file, config))
     if count == 0:
         raise UserError(f"no picture in {folder} can be read")
     log(f"{name}: {count} picture{'s' if count > 1 else ''} from {folder}"
         + (f", {len(paths) - count} of {len(paths)} skipped" if count < len(paths) else ""))
+    ignored = cyclegan.ignored_files(folder)
+    if ignored:
+        log(f"{name}: ignored: {ignored}")
 
 
-def decoded(paths, side, name):
+def hash_of(folder, paths):
+    stamp = hashlib.sha256()
+    for path in paths:
+        status = path.stat() if path.exists() else path.lstat()  # links may lead nowhere
+        line = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n"
+        stamp.update(line.encode(errors="surrogateescape"))
+    return stamp.hexdigest()[:16]
+
+
+def is_complete(file, config):
+    """Whether a file of pictures is there, and as long as their shapes say."""
+    try:
+        return Pictures(file, config).starts[-1] == file.stat().st_size
+    except (OSError, ValueError):
+        return False
+
+
+def check_room(paths, config, folder):
+    """How many bytes the cache of some pictures takes, going by 200 of them.
+
+    Raises UserError if the disk of the folder has less room.
+    """
+    sizes = []
+    for k in np.linspace(0, len(paths) - 1, min(200, len(paths))).astype(int):
+        if paths[k].is_file():
+            with suppress(Exception), Image.open(paths[k]) as image:  # unreadable ones come later
+                width, height = cyclegan.scaled_size(*image.size, config.load_size, config.squash)
+                sizes.append(3 * width * height)
+    need = len(paths) * sum(sizes) // max(1, len(sizes))
+    folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    room = shutil.disk_usage(folder).free
+    if need > room:
+        raise UserError(f"{len(paths):,} pictures take about {need:,} bytes, but {folder} has room "
+                        f"for {room:,}; a lower --load-size takes less, --out names another disk")
+    return need
+
+
+def decoded(paths, config, file):
     """Yields each picture as bytes, in the order of the paths; logs which cannot be read."""
-    shown = time.perf_counter()
+    shown, shapes = time.perf_counter(), []
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 64):  # a bounded number in memory, however many there are
             some = paths[start:start + 64]
-            for picture in [pool.submit(cyclegan.read_picture, path, side) for path in some]:
+            for reading in [pool.submit(cyclegan.read_picture, path, config.load_size,
+                                        config.squash) for path in some]:
                 try:
-                    yield picture.result().tobytes()
+                    picture = reading.result()
                 except UserError as error:
                     log(f"skipped: {error}")
+                    continue
+                shapes.append(picture.shape[:2])
+                yield picture.tobytes()
             if TERMINAL or time.perf_counter() - shown > 10:
                 shown = time.perf_counter()
-                log(f"{name}: {start + len(some)} of {len(paths)} pictures read", passing=True)
+                log(f"{file.name[0]}: {start + len(some)} of {len(paths)} pictures read",
+                    passing=True)
+    if not config.squash:  # before the pictures' file gets its name: it never lacks its shapes
+        cyclegan.write_file(shapes_file(file), [np.array(shapes, np.int32).tobytes()])
 
 
 def batches(config, A, B, epoch, done):
@@ -251,30 +341,25 @@ def batch(config, A, B, order, epoch, start):
     """
     places = np.arange(start, start + WORLD * config.batch_size) % len(order)
     random = np.random.default_rng([config.seed, 2, epoch, start])
-    return (crops(A, order[places] % len(A), config.image_size, random),
-            crops(B, random.integers(len(B), size=len(places)), config.image_size, random))
+    return (crops(config, A, order[places] % len(A), random),
+            crops(config, B, random.integers(len(B), size=len(places)), random))
 
 
-def crops(pictures, chosen, side, random):
+def crops(config, pictures, chosen, random):
     """The chosen pictures, each cropped at a random place and flipped with probability 1/2.
 
     With several processes, each draws the random numbers for all and takes its share of pictures.
     """
-    corners = random.integers(pictures.shape[1] - side + 1, size=(len(chosen), 2))
+    side = config.image_size
+    corners = random.integers(pictures.shapes[chosen] - side + 1)
     flips = random.random(len(chosen)) < 0.5
     result = []
     share = len(chosen) // WORLD
     for k in range(share * RANK, share * (RANK + 1)):
         top, left = corners[k]
-        crop = read_whole(pictures, int(chosen[k]))[top:top + side, left:left + side]
-        result.append(crop[:, ::-1] if flips[k] else crop)
+        crop = pictures.rows(chosen[k], top, top + side)[:, left:left + side]
+        result.append(crop[:, ::-1] if config.flip and flips[k] else crop)
     return np.stack(result)
-
-
-def read_whole(pictures, index):
-    """One picture of a mapped array, in one read: a page fault may fetch megabytes around it."""
-    size, shape = pictures[0].size, pictures.shape[1:]
-    return np.fromfile(pictures.filename, np.uint8, size, offset=index * size).reshape(shape)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -294,16 +379,27 @@ class Run:
     save_minutes: float = 10.0
     sample_every: int = 1        # epochs
 
-    def save(self):
-        """Writes latest.pt; before it, so that none is ever missing, the copy of an Nth epoch."""
+    def at_numbered_epoch(self):
+        return self.done == 0 and self.epoch > 0 and self.epoch % self.save_every == 0
+
+    def save(self, last=False):
+        """Writes latest.pt; before it, so that none is ever missing, the copy of an Nth epoch.
+
+        One that cannot take the place of the old one ends the program only if it is the last.
+        """
         if RANK > 0:
             return
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             raise UserError(f"a weight is not finite after step {self.model.steps}; {DIVERGED}")
         place = {name: getattr(self, name) for name in PLACE}
-        if self.done == 0 and self.epoch > 0 and self.epoch % self.save_every == 0:
-            cyclegan.save_checkpoint(self.folder / f"epoch_{self.epoch:04}.pt", self.model, place)
-        cyclegan.save_checkpoint(self.folder / "latest.pt", self.model, place)
+        copies = [f"epoch_{self.epoch:04}.pt"] if self.at_numbered_epoch() else []
+        for name in (*copies, "latest.pt"):
+            try:
+                cyclegan.save_checkpoint(self.folder / name, self.model, place, keep=last)
+            except cyclegan.NotReplaced as error:
+                if last and name == "latest.pt":
+                    raise
+                log(f"note: {error}; training goes on")
 
 
 HABITS = ("save_every", "save_minutes", "sample_every")  # may change when a run is resumed
@@ -317,24 +413,66 @@ def new_run(given, device, group):
     folders = [Path(os.path.realpath(given[key])) for key in ("dataA", "dataB") if key in given]
     if len(folders) == 1:
         raise UserError("--dataA and --dataB go together: training takes pictures of both domains")
-    named = {f.name: given[f.name] for f in fields(Config) if f.name in given}
-    if not folders:
-        side = given.get("image_size", DEMO["image_size"])
-        named = {**DEMO, "load_size": side, **named}
-    config = Config(**named)
+    networks = cyclegan.load_networks(given["start_from"]) if "start_from" in given else {}
+    config = new_config(given, networks, demo=not folders)
     folder = None
     if RANK == 0:
-        for data in folders:  # refused now, before anything is written
-            if not any(map(can_be_read, cyclegan.find_pictures(data))):
-                raise UserError(f"no picture in {data} can be read")
+        check_folders(folders, config, given.get("out", Path("runs")))
         name = "-".join(data.name for data in folders) or "demo"
         folder = new_folder(given.get("out"), name)
     folder = from_rank_0(group, folder)
     model = CycleGAN(config, device, given.get("precision", "auto"))
+    for name, network in networks.items():
+        getattr(model, name).load_state_dict(network.state_dict())
+    if networks:
+        others = [name for name in cyclegan.AUTHORS if name not in networks]
+        log(f"from {given['start_from']}: {', '.join(networks)}; at random: "
+            f"{', '.join(others) or 'none'}")
     run = Run(folder, model, [str(data) for data in folders] or DEMO_FOLDERS, demo=not folders,
               **habits(given))
-    run.save()
+    run.save(last=True)
     return run
+
+
+def new_config(given, networks, demo):
+    """The Config of a new run; width and blocks are those of the networks that it starts from."""
+    named = {f.name: given[f.name] for f in fields(Config) if f.name in given}
+    if demo:
+        named = {**DEMO, "load_size": named.get("image_size", DEMO["image_size"]), **named}
+    for setting, value in settings_of(networks).items():
+        if given.get(setting, value) != value:
+            raise UserError(f"{flag(setting, given[setting])} contradicts {given['start_from']}, "
+                            f"whose networks have {value}; leave it out")
+        named[setting] = value
+    return Config(**named)
+
+
+def settings_of(networks):
+    """{"width": ..., "blocks": ...} of networks by name. Raises UserError if they differ."""
+    found = {"width": set(), "blocks": set()}
+    for name, network in networks.items():
+        found["width"].add(len(next(network.parameters())))
+        if name in ("G", "F"):
+            blocks = sum(isinstance(layer, cyclegan.R) for layer in network.model)
+            found["blocks"].add(blocks)
+    for setting, values in found.items():
+        if len(values) > 1:
+            raise UserError(f"--start-from: the networks differ in their {setting}: {values}")
+    return {setting: values.pop() for setting, values in found.items() if values}
+
+
+def check_folders(folders, config, out):
+    """Refuses what cannot be trained on, before anything is written."""
+    for one, other in itertools.permutations(folders, 2):
+        if other in (one, *one.parents):
+            raise UserError(f"--dataA {folders[0]} and --dataB {folders[1]} are one folder, or one "
+                            "lies in the other; each domain needs its own")
+    paths = [cyclegan.find_pictures(data) for data in folders]
+    for data, found in zip(folders, paths):
+        if not any(map(can_be_read, found)):
+            raise UserError(f"no picture in {data} can be read")
+    if folders:
+        check_room(sum(paths, []), config, out)
 
 
 def habits(given):
@@ -383,6 +521,9 @@ def open_run(given, device):
     folder = given["resume"]
     if not (folder / "latest.pt").is_file():
         raise UserError(f"--resume {folder}: there is no latest.pt, so it is not a run's folder")
+    if (folder / "latest.new.pt").exists():
+        raise UserError(f"{folder / 'latest.new.pt'} could not take the place of latest.pt when it "
+                        "was saved; rename it to latest.pt now, or delete it")
     if RANK == 0:
         lock(folder)
     model, place = cyclegan.load_checkpoint(folder / "latest.pt", device)
@@ -395,21 +536,35 @@ def open_run(given, device):
 
 
 def resumed_config(run, given):
-    """The run's Config, with more epochs if they were given. Refuses flags that contradict it."""
-    config = run.model.config
+    """The run's Config, with the epochs that were given. Refuses flags that contradict it."""
+    if "start_from" in given:
+        raise UserError("--start-from begins a new run; leave it out, or --resume")
     data_A, data_B = run.data
-    was = {**asdict(config), "precision": run.model.engine.precision,
+    was = {**asdict(run.model.config), "precision": run.model.engine.precision,
            "out": os.path.realpath(run.folder), "dataA": os.path.realpath(run.folder / data_A),
            "dataB": os.path.realpath(run.folder / data_B)}
-    for name, value in given.items():
+    for name in was.keys() & given.keys() - {"epochs", "decay_epochs"}:
+        value = given[name]
         value = os.path.realpath(value) if isinstance(value, Path) else value
-        if name in ("epochs", "decay_epochs") and value > was[name]:
-            config = replace(config, **{name: value})
-        elif name in was and value not in (was[name], "auto"):
-            raise UserError(f"--{name.replace('_', '-')} {value} contradicts the run in "
-                            f"{run.folder}, which has {was[name]}; leave it out, or start a new "
-                            "run")
-    return config
+        if value not in (was[name], "auto"):
+            raise UserError(f"{flag(name, value)} contradicts the run in {run.folder}, which has "
+                            f"{was[name]}; leave it out, or start a new run")
+    return rescheduled(run.model.config, run.epoch, given)
+
+
+def rescheduled(config, epoch, given):
+    """The Config with other epochs, if they were given: as few as are done begin the decay now."""
+    epochs = given.get("epochs", config.epochs)
+    if epochs < config.epochs:
+        epochs = max(epochs, min(epoch, config.epochs))
+    new = replace(config, epochs=epochs,
+                  decay_epochs=given.get("decay_epochs", config.decay_epochs))
+    last = new.epochs + new.decay_epochs
+    if new != config and epoch < last:
+        log(f"in epoch {epoch + 1} the learning rate is {learning_rate(new, epoch):.3g}"
+            + (f", until epoch {new.epochs}" if epoch < new.epochs else "")
+            + f"; in the last, epoch {last}, {learning_rate(new, last - 1):.3g}")
+    return new
 
 
 # ---- Progress: losses.csv and the status line ----------------------------------------------------
@@ -518,22 +673,52 @@ def keep_rows(path, steps):
 
 def save_samples(run, A, B):
     if RANK == 0 and run.epoch % run.sample_every == 0:
-        grid = cyclegan.png(sample_grid(run.model, A, B))
-        cyclegan.write_file(run.folder / "samples" / f"epoch_{run.epoch:04}.png", [grid])
+        path = run.folder / "samples" / f"epoch_{run.epoch:04}.png"
+        write_or_warn(path, cyclegan.png(sample_grid(run.model, A, B)))
+
+
+def write_or_warn(path, data):
+    """Writes what training can do without."""
+    try:
+        cyclegan.write_file(path, [data])
+    except UserError as error:
+        log(f"note: {error}")
 
 
 @torch.no_grad()
 def sample_grid(model, A, B):
     """Rows of x, G(x), F(G(x)), y, F(y), G(F(y)) for fixed, uncropped pictures. (H, W, 3) uint8."""
-    shown, device, side = [], model.engine.device, A.shape[1]
+    shown, device = [], model.engine.device
     for k in range(4):
         for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
-            picture = cyclegan.pad_to_multiple_of_4(pictures[[k * len(pictures) // 4]])
-            source = cyclegan.to_tensor(picture, device)
+            picture = whole_picture(pictures, k * len(pictures) // 4, model.config)
+            height, width = picture.shape[:2]
+            source = cyclegan.to_tensor(cyclegan.pad_to_multiple_of_4(picture[None]), device)
             fake = there(source)
-            shown += [*cyclegan.to_pictures(torch.cat([source, fake, back(fake)]))[:, :side, :side]]
-    framed = np.pad(shown, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-    return np.concatenate([np.concatenate(row, 1) for row in np.split(framed, 4)])
+            images = torch.cat([source, fake, back(fake)])
+            shown += [*cyclegan.to_pictures(images)[:, :height, :width]]
+    return in_cells(shown, 2 * model.config.load_size)
+
+
+def whole_picture(pictures, index, config):
+    """A picture at the scale of training; smaller, if it would be too large for a network."""
+    height, width = map(int, pictures.shapes[index])
+    picture = Image.fromarray(pictures.rows(index, 0, height))
+    size = cyclegan.scaled_size(width, height, config.load_size, config.squash, at_once=True)
+    return np.asarray(picture.resize(size, Image.BICUBIC))
+
+
+def in_cells(pictures, longest, columns=6):
+    """Rows of pictures on white, in cells of one size; none is shown larger than `longest`."""
+    images = [Image.fromarray(picture) for picture in pictures]
+    for image in images:
+        image.thumbnail((longest, longest))
+    width, height = (max(lengths) + 4 for lengths in zip(*(image.size for image in images)))
+    grid = Image.new("RGB", (columns * width, len(images) // columns * height), "white")
+    for k, image in enumerate(images):
+        left, top = k % columns * width, k // columns * height
+        grid.paste(image, (left + (width - image.width) // 2, top + (height - image.height) // 2))
+    return np.asarray(grid)
 
 
 def animate(folder):
@@ -549,7 +734,7 @@ def animate(folder):
     if frames:
         times = [250] * (len(frames) - 1) + [2000]  # milliseconds
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-        cyclegan.write_file(folder / "samples.gif", [file.getvalue()])
+        write_or_warn(folder / "samples.gif", file.getvalue())
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -612,8 +797,10 @@ def train(run, max_steps, group):
         if run.done >= count:
             run.epoch, run.done = run.epoch + 1, 0
             save_samples(run, A, B)
-        run.save()
-        saved = time.perf_counter()
+        last = stopping or run.epoch == epochs
+        if last or late or run.at_numbered_epoch():
+            run.save(last)
+            saved = time.perf_counter()
     return stop.received
 
 
