@@ -1162,11 +1162,11 @@ def test_ignored_files_are_counted_by_suffix(tmp_path):
 
 def test_heic_is_read_where_its_package_is_installed(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif")
-    picture = np.asarray(Image.fromarray(photograph()).resize((64, 48)))
+    picture = np.asarray(Image.fromarray(photograph()).convert("L").convert("RGB"))
     pillow_heif.from_pillow(Image.fromarray(picture)).save(tmp_path / "a.heic", quality=-1)
     assert cyclegan.find_pictures(tmp_path) == [tmp_path / "a.heic"]
     read = cyclegan.read_picture(tmp_path / "a.heic")
-    assert np.abs(read - picture.astype(int)).mean() < 4  # colours at half the resolution
+    assert np.abs(read - picture.astype(int)).max() <= 3  # rounded on the way to YCbCr and back
 
 
 # ---- One picture, at the scale of training -------------------------------------------------------
@@ -1234,7 +1234,7 @@ def disc(side, period=None):
 
 def test_stripes_that_the_network_paints_are_carried_back():
     plain, small = disc(512), disc(64)
-    for period, most in ((6, 9), (12, 6), (20, 5)):  # pixels of the small picture; grey levels
+    for period, most in ((6, 8), (12, 4.5), (20, 3.5)):  # pixels of the small picture; grey levels
         truth = disc(512, period / 64)
         result = translate.carry_back(plain, small, disc(64, period / 64))
         untranslated = np.abs(plain - truth.astype(int)).mean()
@@ -1247,7 +1247,7 @@ def test_the_noise_of_the_network_is_not_carried_back():
     board = 12 * (2 * (np.indices(small.shape[:2]).sum(0) % 2) - 1)[..., None]
     noisy = np.clip(255 - small.astype(int) + board, 0, 255).astype(np.uint8)
     error = np.abs(translate.carry_back(picture, small, noisy) - (255 - picture.astype(int))).mean()
-    assert error < 1.5
+    assert error < 1
     assert np.abs(noisy - (255 - small.astype(int))).mean() > 10  # what enlarging would keep
 
 
@@ -2029,12 +2029,27 @@ def test_readme_names_what_is_there():
         assert (HERE / target).is_file(), target
 
 
+def block_with(text):
+    [block] = [block for block in blocks_of_readme("python") if text in block]
+    return block
+
+
 def test_readme_shows_the_step_as_it_is():
-    step = blocks_of_readme("python")[0]
-    assert "in_one_batch" in step and len(step.splitlines()) > 10
+    step = block_with("in_one_batch")
+    assert len(step.splitlines()) > 10
     code = " ".join((HERE / "cyclegan.py").read_text().split())
     for part in step.split("\n\n"):
         assert " ".join(part.split()) in code, part
+
+
+def test_readme_brings_a_folder_to_one_window(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ct").mkdir()
+    for name, values in (("a", [[-1000.0, -160.0, 40.0]]), ("b", [[240.0, 3000.0, -159.0]])):
+        Image.fromarray(np.array(values, np.float32)).save(f"ct/{name}.tif")
+    exec(block_with("windowed"), {})
+    pictures = [cyclegan.read_picture(f"windowed/{name}.png")[0, :, 0] for name in "ab"]
+    assert np.stack(pictures).tolist() == [[0, 0, 127], [255, 255, 0]]
 
 
 def test_readme_computes_table_3(tmp_path):
@@ -2043,7 +2058,7 @@ def test_readme_computes_table_3(tmp_path):
                       ("translated", [road, (120, 70, 120), car, car, car])):
         (tmp_path / name).mkdir()
         Image.fromarray(np.array([row], np.uint8)).save(tmp_path / name / "a.png")
-    done = subprocess.run([sys.executable, "-c", blocks_of_readme("python")[1]], cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-c", block_with("class IoU")], cwd=tmp_path,
                           env={**ENVIRONMENT, "PYTHONPATH": str(HERE)}, capture_output=True,
                           text=True)
     numbers = [float(number) for number in re.findall(r"[\d.]{3,}", done.stdout)]

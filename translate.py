@@ -30,7 +30,7 @@ AHEAD = 3  # pictures that are read, and as many that are written, while one is 
 SOFTWARE = "cyclegan.py"  # marks our results; only these may be overwritten
 RADIUS = 2          # of the windows of carry_back, in pixels of the small picture
 EPSILON = 1e-3      # variance of colours on [0, 1] below which a window counts as flat
-NOISE = 20 / 255    # as strong as this, the rest in carry_back counts half
+NOISE = 5 / 255     # as strong as this, the rest in carry_back counts half
 
 
 def parse():
@@ -178,12 +178,13 @@ def carry_back(picture, small, translated, strip=256):
     Around each pixel of `small` the translation is taken for an affine map of its colours, which
     is applied to the picture (a guided filter: He, Sun, Tang, TPAMI 2013, with colour guidance;
     in small: He, Sun, arXiv 1505.00996). What no such map explains, new texture or the network's
-    noise, is added with the weight s^4 / (s^4 + NOISE^4), where s is its strength.
+    noise, is added with the weight s^4 / (s^4 + NOISE^4), where s is its strength, blurred.
     """
     source, result = to_unit(small), to_unit(translated)
     maps = colour_maps(source, result)
     rest = result - recolour(maps, source)
-    strength = mean(rest.square().mean(1, keepdim=True), 1) / NOISE**2
+    texture = mean(rest, 1)  # where a checkerboard cancels
+    strength = mean(texture.square().mean(1, keepdim=True), 1) / NOISE**2
     maps[:, 9:] += rest * strength**2 / (1 + strength**2)
 
     height, width = picture.shape[:2]

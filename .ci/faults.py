@@ -143,8 +143,8 @@ def pictures():
     data, picture = Path("oranges/0.png").read_bytes(), Image.open("oranges/0.png")
     rotated = picture.rotate(90)
     odd = {
-        "1 x 1.png": Image.new("RGB", (1, 1)), "1 x 5000.png": Image.new("RGB", (1, 5000)),
-        "5000 x 1.png": Image.new("RGB", (5000, 1)), "palette.png": picture.convert("P"),
+        "1 x 1.png": Image.new("RGB", (1, 1)), "50 x 5000.png": Image.new("RGB", (50, 5000)),
+        "5000 x 50.png": Image.new("RGB", (5000, 50)), "palette.png": picture.convert("P"),
         "palette too.gif": picture.convert("P"), "cmyk.jpg": picture.convert("CMYK"),
         "16 bits.png": Image.new("I;16", (40, 30), 5000), "alpha.png": picture.convert("RGBA"),
         "grey and alpha.png": picture.convert("LA"), "animated.gif": picture,
@@ -152,7 +152,8 @@ def pictures():
         "näme with späces and 日本.png": data, "line\nbreak.png": data,
         "bad: cut short.png": data[:600], "bad: a text.png": b"hello", "bad: zero bytes.png": b"",
         "bad: a program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
-        "bad: cut short.jpg": picture, "bad: 200 megapixels.png": Image.new("1", (20000, 10000))}
+        "bad: cut short.jpg": picture, "bad: 1 x 5000.png": Image.new("RGB", (1, 5000)),
+        "bad: 200 megapixels.png": Image.new("1", (20000, 10000))}
     os.mkdir("odd")
     for name, content in odd.items():
         if isinstance(content, bytes):
