@@ -697,7 +697,7 @@ def sample_grid(model, A, B):
             fake = there(source)
             images = torch.cat([source, fake, back(fake)])
             shown += [*cyclegan.to_pictures(images)[:, :height, :width]]
-    return in_cells(shown, 2 * model.config.load_size)
+    return in_cells(shown, longest=min(2 * model.config.load_size, 640))
 
 
 def whole_picture(pictures, index, config):
