@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch import distributed, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
@@ -888,6 +888,7 @@ def plain_key(key):
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
+TITLE = 14  # pixels of a strip with titles, in Pillow's own font
 SRGB = ImageCms.createProfile("sRGB")
 try:
     import pillow_heif  # no requirement; where it happens to be installed, HEIC is read
@@ -1046,8 +1047,18 @@ def translate(generator, pictures, precision="fp32"):
     return to_pictures(images)[:, :height, :width].reshape(pictures.shape)
 
 
-def png(picture, **more):
-    """(H, W, 3) uint8 -> the bytes of a PNG file; `more` is for Pillow."""
+def titled(picture, titles):
+    """A picture with a strip on top, in which a title stands over each of its columns."""
+    height, width = picture.shape[:2]
+    sheet = Image.new("RGB", (width, TITLE + height), "white")
+    sheet.paste(Image.fromarray(picture), (0, TITLE))
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((k * width // len(titles) + 3, 1), title, "black")
+    return np.asarray(sheet)
+
+
+def png(picture):
+    """(H, W, 3) uint8 -> the bytes of a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", **more)
+    Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()

@@ -1385,7 +1385,7 @@ def test_training_writes_what_it_promises(user):
                      for path in folder.rglob("*") if path.is_file())
     assert written == [".lock", "cache/A.bytes", "cache/A.shapes", "cache/B.bytes",
                        "cache/B.shapes", "epoch_0002.pt", "epoch_0004.pt", "latest.pt",
-                       "losses.csv", "samples.gif",
+                       "losses.csv", "losses.png", "samples.gif",
                        *(f"samples/epoch_000{k}.png" for k in (1, 2, 3, 4))]
     lines = (folder / "losses.csv").read_text().splitlines()
     assert lines[0] == "step,epoch,rate,gan,cycle,identity,D_X,D_Y"
@@ -1395,8 +1395,11 @@ def test_training_writes_what_it_promises(user):
     assert np.allclose([row[2] for row in rows[::3]], [2e-4, 2e-4, 2e-4 * 2 / 3, 2e-4 / 3],
                        rtol=1e-6)
     model = cyclegan.load_checkpoint(folder / "latest.pt")[0]
-    grid = np.asarray(Image.open(folder / "samples" / "epoch_0004.png"))
+    sheet = np.asarray(Image.open(folder / "samples" / "epoch_0004.png"))
+    titles, grid = sheet[:14], sheet[14:]
     assert grid.shape == (4 * 32, 6 * 42, 3)  # 28 x 38 pixels, 30 x 41 at their scale, and a frame
+    written = (titles.reshape(14, 6, 42, 3) < 100).any(-1).sum((0, 2))  # dark pixels of each
+    assert (written > 4).all() and written[2] > written[1] > written[0]  # F(G(x)), G(x), x
     for row, (a, b) in enumerate(((0, 0), (1, 0), (2, 1), (3, 2))):  # fourths of 5 and of 3
         for column, name, k, networks in ((0, "apples", a, (model.G, model.F)),
                                           (3, "oranges", b, (model.F, model.G))):
@@ -1727,8 +1730,8 @@ def test_translations_keep_names_folders_and_sizes(user):
     assert "5 translated" in printed[-1] and "1 picture\n" in outs[2]
     picture = cyclegan.read_picture(user / "apples" / "apples 2.png")
     model, _ = cyclegan.load_checkpoint(user / "trained" / "latest.pt")
-    for folder, direction, width in (("there", "AtoB", 41), ("two", "BtoA", 82)):
-        result = cyclegan.read_picture(user / folder / "apples 2.png")
+    for folder, direction, width, top in (("there", "AtoB", 41, 0), ("two", "BtoA", 82, 14)):
+        result = cyclegan.read_picture(user / folder / "apples 2.png")[top:]
         network = cyclegan.load_generator(user / "trained", direction)
         assert result.shape == (32, width, 3) and network.config == model.config
         assert (result[:, -41:] == translate.translate_photo(network, picture)).all()
@@ -1769,7 +1772,7 @@ def test_a_folder_of_odd_shapes_trains_and_translates(user):
     assert "8x801.png: it is more than a hundred times as long as wide" in out
     assert "A: 5 pictures" in out and "\nA: ignored: 1 .txt\n" in out
     with Image.open(user / "odd-run" / "samples" / "epoch_0001.png") as grid:
-        assert grid.size == (6 * 60, 4 * 60)  # whole pictures, none longer than 2 x 28
+        assert grid.size == (6 * 60, 14 + 4 * 60)  # whole pictures, none longer than 2 x 28
     [(status, out, err)] = run(user, "translate.py odd --checkpoint odd-run --out odd-out")
     assert status == 1 and err.startswith("skipped: ") and "8x801.png" in err
     assert "odd: ignored: 1 .txt\n" in out
@@ -1811,7 +1814,7 @@ def test_what_memory_cannot_hold_is_skipped(tmp_path, monkeypatch, capsys):
         return torch.empty(10**15) if picture.shape[0] == 12 else 255 - picture
 
     monkeypatch.setattr(cyclegan, "translate", network)
-    options = SimpleNamespace(size="full", side_by_side=False)
+    options = SimpleNamespace(size="full", side_by_side=False, direction="AtoB")
     assert translate.translate_all(None, pairs, options, "fp32") == 2
     err = capsys.readouterr().err
     assert err.startswith("skipped: too large") and "b.png; a lower --size" in err
@@ -1873,10 +1876,11 @@ MISTAKES = {  # a command line, and what its one sentence says
     "other settings": ("train.py --resume trained --width 5", "--width 5"),
     "other pictures": ("train.py --resume other --dataA oranges", "--dataA"),
     "mirrored": ("train.py --resume trained --no-flip", "--no-flip contradicts"),
-    "A twice": ("train.py --dataA apples --dataB ./oranges/../apples", "apples are one folder"),
-    "one folder in the other": ("train.py --dataA apples/more --dataB apples", "lies in the other"),
+    "A twice": (f"{TRAIN} --dataB ./oranges/../apples --max-steps 1", "apples are one folder"),
+    "one folder in the other": (f"{TRAIN} --dataA oranges/more --max-steps 1", "in the other"),
     "started and resumed": ("train.py --resume trained --start-from trained", "--start-from"),
-    "another width than it has": (f"{TRAIN} --start-from trained --width 4", "--width 4"),
+    "another width than it has": (f"{TRAIN} --start-from trained --width 4 --max-steps 1",
+                                  "--width 4"),
     "no networks": (f"{TRAIN} --start-from oranges", "oranges holds no networks"),
     "not replaced": ("train.py --resume unreplaced", "rename it to latest.pt"),
     "loss not finite": (f"{TRAIN} --lr 1e30 --out exploded", "is nan at step"),
@@ -1949,6 +1953,8 @@ def test_demo_scenes_differ_in_the_fruit_alone():
     apples, oranges = (train.paint(scene, kind, 64).astype(int) for kind in ("apples", "oranges"))
     fruit = (apples != oranges).any(-1)
     assert 0.05 < fruit.mean() < 0.5
+    others = [train.draw_scene(np.random.default_rng(k)) for k in range(20)]
+    assert len({len(fruits) for fruits, *_ in others}) == 2  # one fruit or two
     red, orange = apples[fruit].mean(0), oranges[fruit].mean(0)
     assert red[0] > 2 * red[1] and 0.4 < orange[1] / orange[0] < 0.7
 
@@ -1960,12 +1966,36 @@ def test_the_demo_is_measured_against_the_truth(capsys):
         nn.init.constant_(layer.bias, brighter)
         return layer
 
-    train.evaluate_demo(SimpleNamespace(G=network(0.0), F=network(0.1),
-                                        config=Config(image_size=64, load_size=64)))
-    G, F = capsys.readouterr().out.splitlines()
+    config = Config(image_size=64, load_size=64, width=2, blocks=1)
+    model = SimpleNamespace(G=network(0.0), F=network(0.1), config=config)
+    train.evaluate_demo(SimpleNamespace(model=model, folder=Path("runs/demo")))
+    G, F, *words = capsys.readouterr().out.splitlines()
     assert G.startswith("apples to oranges") and "fruit is 100% of the untranslated picture's" in G
     assert "outside the fruit it is 0.000" in G
     assert F.startswith("oranges to apples") and "outside the fruit it is 0.102" in F  # 13 levels
+    assert not any(line.startswith(("apples", "oranges")) for line in words)
+    # Before training G paints grey: outside the fruit it is off by what walls and tables are.
+    before = float(re.search(r"before training \d+% and (0\.\d{3})", " ".join(words))[1])
+    scene = train.paint(train.draw_scene(np.random.default_rng(2)), "apples", 64)
+    assert abs(before - np.abs(scene / 127.5 - 1).mean()) < 0.15
+    assert "runs/demo/samples.gif" in words[-1]
+
+
+def test_the_plot_of_losses_shows_them(tmp_path):
+    rows = [f"{step},1,0.0002,2,{4 - step / 100},1,0.5,0.25\n" for step in range(1, 401)]
+    (tmp_path / "losses.csv").write_text("step,epoch,rate,gan,cycle,identity,D_X,D_Y\n"
+                                         + "".join(rows))
+    plot = train.plot_losses(tmp_path / "losses.csv")
+    assert plot.shape == (14 + 5 * (14 + 96), 720, 3)
+    red = (plot[..., 0] > 150) & (plot[..., 1] < 80)
+    panels = red[14:].reshape(5, 110, 720)[:, 14:]
+    heights = [[panel[:, column].nonzero()[0].mean() for column in (20, 360, 700)]
+               for panel in panels]
+    assert np.ptp(heights[0]) < 1  # a constant
+    start, middle, end = heights[1]  # 4 falls to 0: straight, from top to bottom
+    assert start < 8 and abs(middle - (start + end) / 2) < 3 and end > 84
+    (tmp_path / "losses.csv").write_text("step,epoch,rate,gan,D_X\n1,1,0.0002,2,3\n")
+    assert train.plot_losses(tmp_path / "losses.csv").shape == (14 + 2 * 110, 720, 3)
 
 
 # ==== The README ==================================================================================

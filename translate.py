@@ -262,8 +262,10 @@ def translate_all(generator, pairs, options, precision):
                     raise
                 skip(f"too large for the memory here: {source}; a lower --size takes less")
                 continue
-            shown = np.hstack([picture, result]) if options.side_by_side else result
-            writing.append(pool.submit(write, target, shown))
+            if options.side_by_side:
+                titles = ("x", "G(x)") if options.direction == "AtoB" else ("y", "F(y)")
+                result = cyclegan.titled(np.hstack([picture, result]), titles)
+            writing.append(pool.submit(write, target, result))
             done += print_written(writing, at_most=AHEAD)
         done += print_written(writing, at_most=0)
     return done
