@@ -282,7 +282,7 @@ class CycleGAN(nn.Module):
     You may replace any before the first step by one that treats each image alone (no BatchNorm).
     """
 
-    def __init__(self, config, device="cpu", precision="auto"):
+    def __init__(self, config, device="cpu", precision="auto", eager=False):
         super().__init__()
         self.config = config
         self.G = Generator(config.width, config.blocks)  # X -> Y
@@ -292,7 +292,7 @@ class CycleGAN(nn.Module):
         self.buffer_X = ImageBuffer(config.buffer_size, config.image_size)  # of F(y), for D_X
         self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
         self.steps = 0                                   # done so far
-        self.engine = Engine(config, device, precision)  # device, optimizers, speed (Part II)
+        self.engine = Engine(config, device, precision, eager)  # device, Adam, speed (Part II)
         initialise(self, torch.Generator().manual_seed(config.seed))  # again, from one seed
         self.to(self.engine.device, memory_format=memory_format(self.engine.device))
 
@@ -508,10 +508,12 @@ class Engine:
     """Runs CycleGAN.update: holds the optimizers and, on CUDA, what makes it fast.
 
     precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
+    eager: on CUDA, too, nothing is compiled and no graph captured.
     """
 
-    def __init__(self, config, device, precision):
+    def __init__(self, config, device, precision, eager=False):
         self.device, self.precision = choose_device(device, precision)
+        self.fuses = self.device.type == "cuda" and not eager
         self.betas = (float(config.beta1), 0.999)
         # The rate is a tensor, which both optimizers read: a CUDA graph would bake a number in.
         if self.device.type == "cuda":
@@ -539,7 +541,7 @@ class Engine:
             for network in networks:
                 network.to(self.device, memory_format=memory_format(self.device))
                 take_from_rank_0(network)
-            fast = compiled(networks) if self.device.type == "cuda" else networks
+            fast = compiled(networks) if self.fuses else networks
             if self.precision == "bf16":
                 fast = [in_bfloat16(network) for network in fast]
             self.networks[networks] = fast
@@ -547,7 +549,7 @@ class Engine:
 
     def run(self, model, *tensors):
         """model.update(*tensors), on CUDA as a captured graph, unless processes talk within it."""
-        if self.graph is None and self.device.type == "cuda" and rank_and_world_size()[1] == 1:
+        if self.graph is None and self.fuses and rank_and_world_size()[1] == 1:
             self.graph = CudaGraph(model.update, self.device)
         losses = self.graph(*tensors) if self.graph else model.update(*tensors)
         self.trained = networks_and_type(model)
@@ -569,8 +571,8 @@ def compiled(networks):
         torch.compile(lambda h: h * h + 1)(torch.ones(8, device="cuda"))
     except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"torch.compile fails, so steps are slower: {type(error).__name__} {reason}",
-                      stacklevel=2)
+        warnings.warn(f"torch.compile fails, so steps are slower: {type(error).__name__} {reason} "
+                      "(with --eager it is not tried)", stacklevel=2)
         return networks
     torch._dynamo.config.cache_size_limit = 64  # past 8 sizes it would go on uncompiled
     return [torch.compile(network, dynamic=False) for network in networks]
@@ -620,7 +622,8 @@ class CudaGraph:
             torch.cuda.set_stream(current)  # torch.cuda.graph may have failed to
             torch.backends.cudnn.benchmark = False  # would free memory and fail (pytorch 180395)
             warnings.warn("CUDA cannot capture the step, so steps are slower: "
-                          f"{error.__context__ or error}", stacklevel=2)
+                          f"{error.__context__ or error} (with --eager it is not tried)",
+                          stacklevel=2)
 
 
 # ---- Several processes, each with its share of a batch -------------------------------------------
@@ -753,14 +756,14 @@ def read_checkpoint(path):
                         f"({type(error).__name__})") from error
 
 
-def load_checkpoint(path, device="cpu"):
-    """The (CycleGAN, place) in a file of save_checkpoint.
+def load_checkpoint(path, device="cpu", eager=False):
+    """The (CycleGAN, place) in a file of save_checkpoint; device, eager: of CycleGAN.
 
     Raises UserError if it is not one, is damaged, or holds networks other than this module's.
     """
     saved = read_checkpoint(path)
     try:
-        model = CycleGAN(saved_config(saved), device, saved["precision"])
+        model = CycleGAN(saved_config(saved), device, saved["precision"], eager)
         state, own = saved["model"], model.state_dict()
         for key in ("buffer_X.images", "buffer_Y.images"):
             if state[key].numel() == 0:  # as older files have them before the first step

@@ -619,6 +619,22 @@ def test_networks_stay_as_they_are_where_nothing_can_be_compiled():
         assert cyclegan.compiled(["G"]) == ["G"]
 
 
+def test_only_what_fuses_is_compiled_and_captured(monkeypatch):
+    def never(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(cyclegan, "CudaGraph", never)
+    model = CycleGAN(Config(**TINY), eager=True)
+    model.step(image(0), image(1))  # as on CUDA with eager=True
+    assert model.engine.graph is None and not model.engine.fuses
+    model.engine.fuses = True
+    with pytest.raises(NotImplementedError):
+        model.step(image(0), image(1))
+    monkeypatch.setattr(cyclegan, "compiled", never)
+    with pytest.raises(NotImplementedError):
+        model.engine.fast(Generator(2, 1))
+
+
 def test_bf16_leaves_weights_losses_and_images_in_float32():
     assert CycleGAN(Config(**TINY)).engine.precision == "fp32"  # on a CPU, unless told
     model, x = CycleGAN(Config(**TINY), precision="bf16"), image()
@@ -686,6 +702,17 @@ class TestOnCUDA:
                 for each in (model, plain):
                     each.step(*self.images(k))
         self.assert_close(model, plain)
+
+    def test_an_eager_model_takes_the_same_steps_uncompiled(self, monkeypatch):
+        monkeypatch.setattr(cyclegan, "compiled", None)  # not to be called
+        model, eager = self.model(), CycleGAN(self.model().config, "cuda", "fp32", eager=True)
+        eager.double()
+        monkeypatch.undo()
+        for k in range(6):
+            for each in (model, eager):
+                each.step(*self.images(k))
+        assert eager.engine.graph is None and model.engine.graph.graph is not None
+        self.assert_close(model, eager)
 
     def test_captured_draws_differ_and_memory_stays(self):
         model, stored = self.model(), set()
@@ -1487,7 +1514,7 @@ def test_a_run_starts_from_the_authors_files(user):
             torch.save({f"model.{k}": v for k, v in twins[name].state_dict().items()}, file)
     (user / "released").mkdir()
     shutil.copy(user / "theirs" / "latest_net_G_B.pth", user / "released" / "latest_net_G.pth")
-    new = "train.py --dataA apples --dataB oranges --image-size 24 --lr 1e-30 --max-steps 1"
+    new = "train.py --dataA apples --dataB oranges --image-size 24 --lr 1e-30 --max-steps 1 --eager"
     four, one, file = ok(user, f"{new} --start-from theirs --out from-four",
                          f"{new} --start-from released --out from-one",
                          f"{new} --start-from theirs/latest_net_G_B.pth --out from-file")

@@ -74,6 +74,8 @@ def parse():
         help="where to compute (default: cuda if there is one, else cpu)")
     add("--precision", choices=("auto", "fp32", "bf16"),
         help="arithmetic of the networks (default: bf16 on a CUDA GPU that has it, else fp32)")
+    add("--eager", action="store_true",
+        help="on CUDA, neither compile the networks nor capture the step as a graph")
     add("--max-steps", type=positive, default=math.inf, metavar="N",
         help="stop after step N of the run, to continue later (default: after all epochs)")
     add("--save-every", type=positive, metavar="N",
@@ -422,7 +424,7 @@ def new_run(given, device, group):
         name = "-".join(data.name for data in folders) or "demo"
         folder = new_folder(given.get("out"), name)
     folder = from_rank_0(group, folder)
-    model = CycleGAN(config, device, given.get("precision", "auto"))
+    model = CycleGAN(config, device, given.get("precision", "auto"), "eager" in given)
     for name, network in networks.items():
         getattr(model, name).load_state_dict(network.state_dict())
     if networks:
@@ -527,7 +529,7 @@ def open_run(given, device):
                         "was saved; rename it to latest.pt now, or delete it")
     if RANK == 0:
         lock(folder)
-    model, place = cyclegan.load_checkpoint(folder / "latest.pt", device)
+    model, place = cyclegan.load_checkpoint(folder / "latest.pt", device, "eager" in given)
     try:
         run = Run(folder, model, **{**place, **habits(given)})
     except TypeError:
@@ -797,7 +799,6 @@ def train(run, max_steps, group):
         return None
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        log("the first step compiles the networks, which may take a minute or two")
 
     stop, progress = StopSignal(), Progress(run, last_step)
     saved = time.perf_counter()
@@ -937,6 +938,8 @@ def run_program(options):
         + (f" from step {model.steps} on" if model.steps else "")
         + f", on {device} in {model.engine.precision}"
         + (f", {WORLD} processes" if WORLD > 1 else ""))
+    if model.engine.fuses:
+        log("the first step compiles the networks, which may take a minute or two")
     received = train(run, options.max_steps, group)
     if RANK == 0:
         if run.demo and not received:
