@@ -2009,7 +2009,7 @@ def test_the_demo_is_measured_against_the_truth(capsys):
     assert F.startswith("oranges to apples") and "outside the fruit it is 0.102" in F  # 13 levels
     assert not any(line.startswith(("apples", "oranges")) for line in words)
     # Before training G paints grey: outside the fruit it is off by what walls and tables are.
-    before = float(re.search(r"before training \d+% and (0\.\d{3})", " ".join(words))[1])
+    before = float(re.search(r"before training has \d+% and (0\.\d{3})", " ".join(words))[1])
     scene = train.paint(train.draw_scene(np.random.default_rng(2)), "apples", 64)
     assert abs(before - np.abs(scene / 127.5 - 1).mean()) < 0.15
     assert "runs/demo/samples.gif" in words[-1]
