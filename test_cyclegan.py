@@ -1232,6 +1232,16 @@ def test_pictures_reach_the_network_at_the_scale_of_training():
         assert network.saw == [expected]
 
 
+def test_photographs_are_refused_in_words_where_their_scale_is_unknown():
+    picture = np.zeros((9, 9, 3), np.uint8)[:, ::-1]
+    for wrong in (picture / 255, picture[0], picture[..., :1]):
+        with pytest.raises(ValueError, match="picture must be .H, W, 3. uint8, not"):
+            translate.translate_photo(Recolours(), wrong)
+    with pytest.raises(ValueError, match="give this one a size"):
+        translate.translate_photo(Generator(2, 1), picture)
+    assert translate.translate_photo(Generator(2, 1), picture, 24).shape == (9, 9, 3)
+
+
 def test_a_picture_that_is_not_reduced_gets_the_networks_own_output():
     generator, picture = Generator(4, 1), photograph()
     generator.config = Config(image_size=64, load_size=190, blocks=1)
@@ -1926,7 +1936,7 @@ MISTAKES = {  # a command line, and what its one sentence says
     "no generator": ("translate.py apples --checkpoint 'apples/apples 0.png'", "apples 0.png"),
     "cut checkpoint": ("translate.py apples --checkpoint cut", "cut/latest.pt"),
     "out cannot be written": ("translate.py apples --checkpoint trained --out file/x", "file/x"),
-    "a size of nothing": ("translate.py apples --checkpoint trained --size 0", "--size")}
+    "a size of nothing": ("translate.py apples --checkpoint trained --size some", "not some")}
 if not torch.cuda.is_available():
     MISTAKES["no CUDA"] = (f"{TRAIN} --device cuda", "--device cuda")
 

@@ -62,9 +62,11 @@ def parse():
 
 
 def shorter_side(text):
-    if text != "full" and int(text) < 8:
-        raise argparse.ArgumentTypeError(f"must be at least 8, or full, not {text}")
-    return text if text == "full" else int(text)
+    if text == "full":
+        return text
+    if not text.isdecimal() or int(text) < 8:
+        raise argparse.ArgumentTypeError(f"must be full or a number of pixels, not {text}")
+    return int(text)
 
 
 # ---- What to translate, and where to -------------------------------------------------------------
@@ -151,11 +153,18 @@ def translate_photo(generator, picture, size=None, precision="fp32"):
 
     generator: from cyclegan.load_generator. size: another shorter side for what it gets, or
     "full": the picture as it is. If that is less than the picture, its result is carried back to
-    the picture's size; if more, resized.
+    the picture's size; if more, resized. Raises ValueError for another array, or for a generator
+    without the .config that says the scale, if no size does.
     """
+    picture = np.ascontiguousarray(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"picture must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
+    if not hasattr(generator, "config") and size is None:
+        raise ValueError("load_generator(...) returns generators that know their scale; give this "
+                         'one a size, a number of pixels or "full"')
     if size == "full":
         return cyclegan.translate(generator, picture, precision)
-    config, (height, width) = generator.config, picture.shape[:2]
+    config, (height, width) = getattr(generator, "config", None), picture.shape[:2]
     side = size or (config.load_size if config else 256)
     squash = config is not None and config.squash
     small_size = cyclegan.scaled_size(width, height, side, squash, at_once=True)
