@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import distributed, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
@@ -700,7 +700,14 @@ def write_file(path, chunks, keep=False):
             file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
-        replace_file(part, path, keep)
+        replace_file(part, path)
+    except NotReplaced as error:
+        if not keep:
+            raise
+        new = path.with_suffix(f".new{path.suffix}")
+        new.unlink(missing_ok=True)
+        os.rename(part, new)
+        raise NotReplaced(f"{error}; the new one is whole: rename {new} to {path.name}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -708,20 +715,16 @@ def write_file(path, chunks, keep=False):
             part.unlink()
 
 
-def replace_file(part, path, keep):
+def replace_file(part, path):
     """Renames; if that fails, again for five seconds: a virus scanner may hold the old file."""
     for _ in range(25):
         try:
             os.replace(part, path)
             return
         except OSError as error:
-            reason = f"cannot replace {path}: {error.strerror or error}"
+            reason = error.strerror or error
             time.sleep(0.2)
-    if keep:
-        new = path.with_suffix(f".new{path.suffix}")
-        os.rename(part, new)
-        reason += f"; the new one is complete: rename {new} to {path.name}"
-    raise NotReplaced(reason)
+    raise NotReplaced(f"cannot replace {path}: {reason}")
 
 
 def optimizers(model):
@@ -828,7 +831,7 @@ def load_networks(path):
     Of a single generator's file, or of a folder with latest_net_G.pth, it is G. Raises UserError.
     """
     files = {name: find_network(Path(path), name) for name in AUTHORS}
-    saved = {file: read_checkpoint(file) for file in files.values() if file}
+    saved = {file: read_checkpoint(file) for file in set(files.values()) if file}
     if not saved:
         raise UserError(f"{path} holds no networks: neither latest.pt nor latest_net_G_A.pth")
     networks, taken = {}, set()
@@ -845,8 +848,9 @@ def find_network(path, name):
         return path
     theirs = f"net_{AUTHORS[name]}.pth"
     epochs = sorted(path.glob(f"*_{theirs}"), key=lambda file: (len(file.name), file.name))
-    one_way = [path / "latest_net_G.pth"] if name in ("G", "F") else []
-    files = [path / "latest.pt", path / f"latest_{theirs}", *one_way, *epochs[::-1]]
+    files = [path / "latest.pt", path / f"latest_{theirs}", *epochs[::-1]]
+    if name in ("G", "F") and not any(path.glob("*_net_G_?.pth")):
+        files.append(path / "latest_net_G.pth")  # of a training in one direction
     return next((file for file in files if file.is_file()), None)
 
 
@@ -891,8 +895,6 @@ def plain_key(key):
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
-TITLE = 14  # pixels of a strip with titles, in Pillow's own font
-SRGB = ImageCms.createProfile("sRGB")
 try:
     import pillow_heif  # no requirement; where it happens to be installed, HEIC is read
 except ImportError:
@@ -992,7 +994,7 @@ def eight_bits(image):
         raise UserError("it has negative values; bring it to 8 bits, with a window of your choice")
     white = max(65535 if image.mode[0] == "I" else 1, grey.max())
     levels = (grey / white * 255).round().astype(np.uint8)
-    if 0 < grey.max() < white / 16:
+    if 0 < grey.max() < white / 16 and image.mode[0] == "I":
         warnings.warn("a 16-bit picture uses less than a sixteenth of its range: "
                       f"{levels.max() + 1} of 256 grey levels are left; bring it to 8 bits first",
                       stacklevel=2)
@@ -1003,18 +1005,21 @@ def to_srgb(image, profile):
     """An image with a colour profile -> the same colours in sRGB. An unreadable one is ignored."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
+        name = ImageCms.getProfileDescription(source).strip()
+        if name in ("sRGB", "sRGB built-in") or name.startswith("sRGB IEC61966"):
             return image
-        return ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, ImportError, OSError, ValueError):
         return image
 
 
 def to_tensor(pictures, device="cpu"):
     """(N, H, W, 3) uint8 array -> (N, 3, H, W) float32 tensor in [-1, 1], sent as bytes."""
     device = torch.device(device)
-    if pictures.dtype != np.uint8:
-        raise ValueError(f"pictures must be uint8 arrays, not {pictures.dtype}")
+    if pictures.dtype != np.uint8 or pictures.ndim != 4:
+        raise ValueError("pictures must be uint8 arrays (N, H, W, 3), not "
+                         f"{pictures.dtype} {pictures.shape}")
     pictures = torch.from_numpy(np.array(pictures, order="C"))
     images = to_device(pictures, device).permute(0, 3, 1, 2).float()
     return images.contiguous(memory_format=memory_format(device)) / 127.5 - 1
@@ -1053,10 +1058,13 @@ def translate(generator, pictures, precision="fp32"):
 def titled(picture, titles):
     """A picture with a strip on top, in which a title stands over each of its columns."""
     height, width = picture.shape[:2]
-    sheet = Image.new("RGB", (width, TITLE + height), "white")
-    sheet.paste(Image.fromarray(picture), (0, TITLE))
+    size = max(10, min(height, width // len(titles)) // 20)
+    top = size * 7 // 5
+    sheet = Image.new("RGB", (width, top + height), "white")
+    sheet.paste(Image.fromarray(picture), (0, top))
     for k, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((k * width // len(titles) + 3, 1), title, "black")
+        ImageDraw.Draw(sheet).text((k * width // len(titles) + 3, size // 10), title, "black",
+                                   ImageFont.load_default(size))
     return np.asarray(sheet)
 
 

@@ -58,7 +58,7 @@ def parse():
     """Parses the command line; options that a checkpoint stores are there only if given."""
     parser = argparse.ArgumentParser(
         usage="train.py [--dataA FOLDER --dataB FOLDER | --resume RUN] [option ...]",
-        description=__doc__, argument_default=argparse.SUPPRESS,
+        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The demo has other defaults:\n "
                + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in DEMO.items()))
@@ -185,7 +185,7 @@ class Pictures:
         if config.squash:
             self.shapes = np.full((file.stat().st_size // (3 * side**2), 2), side)
         else:
-            self.shapes = np.fromfile(shapes_file(file), np.int32).reshape(-1, 2)
+            self.shapes = np.fromfile(shapes_file(file), np.int32).reshape(-1, 2).astype(int)
         ends = 3 * self.shapes.prod(1, dtype=np.int64).cumsum()
         self.starts = np.concatenate([[0], ends])
 
@@ -245,9 +245,8 @@ def update_cache(folder, config, cache, name):
         need = check_room(paths, config, cache)
         log(f"{name}: reading {len(paths):,} files into about {need / 1e6:,.1f} MB")
         cyclegan.write_file(file, decoded(paths, config, file))
-    for path in set(earlier) - {file}:
+    for path in {*cache.glob(f"{name}-*")} - {file, shapes_file(file)}:
         path.unlink()
-        shapes_file(path).unlink(missing_ok=True)
     count = len(Pictures(file, config))
     if count == 0:
         raise UserError(f"no picture in {folder} can be read")
@@ -283,9 +282,10 @@ def check_room(paths, config, folder):
     sizes = []
     for k in np.linspace(0, len(paths) - 1, min(200, len(paths))).astype(int):
         if paths[k].is_file():
-            with suppress(Exception), Image.open(paths[k]) as image:  # unreadable ones come later
+            with suppress(Exception), Image.open(paths[k]) as image:
                 width, height = cyclegan.scaled_size(*image.size, config.load_size, config.squash)
-                sizes.append(3 * width * height)
+                readable = max(image.size) <= 100 * min(image.size)  # see read_picture
+                sizes.append(3 * width * height * readable)
     need = len(paths) * sum(sizes) // max(1, len(sizes))
     folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     room = shutil.disk_usage(folder).free
@@ -402,7 +402,7 @@ class Run:
             except cyclegan.NotReplaced as error:
                 if last and name == "latest.pt":
                     raise
-                log(f"note: {error}; training goes on")
+                log(f"note: {error}" + ("" if last else "; training goes on"))
 
 
 HABITS = ("save_every", "save_minutes", "sample_every")  # may change when a run is resumed
@@ -431,6 +431,10 @@ def new_run(given, device, group):
         others = [name for name in cyclegan.AUTHORS if name not in networks]
         log(f"from {given['start_from']}: {', '.join(networks)}; at random: "
             f"{', '.join(others) or 'none'}")
+        was = next(iter(networks.values())).config
+        if was and was.image_size != config.image_size:
+            log(f"note: they were trained at --image-size {was.image_size} --load-size "
+                f"{was.load_size}, this run has {config.image_size} and {config.load_size}")
     run = Run(folder, model, [str(data) for data in folders] or DEMO_FOLDERS, demo=not folders,
               **habits(given))
     run.save(last=True)
@@ -466,11 +470,11 @@ def settings_of(networks):
 
 def check_folders(folders, config, out):
     """Refuses what cannot be trained on, before anything is written."""
+    paths = [cyclegan.find_pictures(data) for data in folders]
     for one, other in itertools.permutations(folders, 2):
-        if other in (one, *one.parents):
+        if any(other.samefile(folder) for folder in (one, *one.parents)):
             raise UserError(f"--dataA {folders[0]} and --dataB {folders[1]} are one folder, or one "
                             "lies in the other; each domain needs its own")
-    paths = [cyclegan.find_pictures(data) for data in folders]
     for data, found in zip(folders, paths):
         if not any(map(can_be_read, found)):
             raise UserError(f"no picture in {data} can be read")
@@ -523,7 +527,7 @@ def open_run(given, device):
     """Loads the run in a folder from its checkpoint. Refuses flags that contradict it."""
     folder = given["resume"]
     if not (folder / "latest.pt").is_file():
-        raise UserError(f"--resume {folder}: there is no latest.pt, so it is not a run's folder")
+        raise UserError(f"--resume takes the folder of a run; there is no {folder / 'latest.pt'}")
     if (folder / "latest.new.pt").exists():
         raise UserError(f"{folder / 'latest.new.pt'} could not take the place of latest.pt when it "
                         "was saved; rename it to latest.pt now, or delete it")
@@ -534,7 +538,10 @@ def open_run(given, device):
         run = Run(folder, model, **{**place, **habits(given)})
     except TypeError:
         raise UserError(f"{folder / 'latest.pt'} has no progress of a run") from None
-    model.config = resumed_config(run, given)
+    config = resumed_config(run, given)
+    if config != model.config:
+        model.config = config
+        run.save(last=True)
     return run
 
 
@@ -563,7 +570,7 @@ def rescheduled(config, epoch, given):
     new = replace(config, epochs=epochs,
                   decay_epochs=given.get("decay_epochs", config.decay_epochs))
     last = new.epochs + new.decay_epochs
-    if new != config and epoch < last:
+    if epoch < last and {"epochs", "decay_epochs"} & given.keys():
         log(f"in epoch {epoch + 1} the learning rate is {learning_rate(new, epoch):.3g}"
             + (f", until epoch {new.epochs}" if epoch < new.epochs else "")
             + f"; in the last, epoch {last}, {learning_rate(new, last - 1):.3g}")
@@ -639,7 +646,7 @@ class Progress:
         if steps > 0:
             pace = (time.perf_counter() - self.clock) / steps
             left = timedelta(seconds=round(pace * (self.last_step - self.step)))
-            parts.append(f"{left} left")
+            parts.insert(1, f"{left} left")  # before what a narrow terminal may cut off
             parts.append(f"{1000 * pace:.0f} ms/step {self.pictures / pace:.1f} pictures/s")
         if self.device.type == "cuda":
             parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -675,12 +682,21 @@ def keep_rows(path, steps):
 
 
 def save_samples(run, A, B):
-    """Writes the samples of an epoch and, beside losses.csv, a plot of it."""
-    if RANK == 0 and run.epoch % run.sample_every == 0:
+    """Writes the samples of an epoch and a plot of the losses. Without them training goes on."""
+    if RANK > 0 or run.epoch % run.sample_every:
+        return
+    try:
         grid = cyclegan.titled(sample_grid(run.model, A, B), COLUMNS)
         write_or_warn(run.folder / "samples" / f"epoch_{run.epoch:04}.png", cyclegan.png(grid))
+    except (MemoryError, RuntimeError) as error:
+        if not cyclegan.out_of_memory(error):
+            raise
+        log(f"note: no samples after epoch {run.epoch}: whole pictures do not fit into the memory")
+    try:
         plot = plot_losses(run.folder / "losses.csv")
         write_or_warn(run.folder / "losses.png", cyclegan.png(plot))
+    except (OSError, ValueError) as error:  # as with columns that came later
+        log(f"note: no losses.png: {error}")
 
 
 def write_or_warn(path, data):
@@ -728,11 +744,16 @@ def in_cells(pictures, longest, columns):
 
 
 def plot_losses(path, width=720, height=96):
-    """losses.csv as a picture: a curve for each loss, means over up to 120 parts of the run."""
-    names = path.read_text().partition("\n")[0].split(",")[3:]
-    table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
-    parts = [part.mean(0) for part in np.array_split(table, min(120, len(table)))]
-    steps, _, _, *curves = np.transpose(parts)
+    """losses.csv as a picture: a curve for each loss, of about 120 means over steps."""
+    means = []
+    with open(path) as file:
+        names = file.readline().strip().split(",")[3:]
+        first = file.readline()
+        rows = itertools.chain([first], file)
+        size = max(1, path.stat().st_size // len(first) // 120)  # rows of a mean
+        while block := list(itertools.islice(rows, size)):  # however long the run, little memory
+            means.append(np.loadtxt(block, delimiter=",", ndmin=2).mean(0))
+    steps, _, _, *curves = np.transpose(means)
     across = 4 + (width - 9) * (steps - steps[0]) / max(1, steps[-1] - steps[0])
     panels = []
     for name, values in zip(names, curves):
@@ -743,19 +764,20 @@ def plot_losses(path, width=720, height=96):
         ImageDraw.Draw(panel).line([(4, 0), (4, height - 1), (width, height - 1)], "grey")
         title = f"{name}, from 0 to {top:.2f}; at the end {values[-1]:.2f}"
         panels.append(cyclegan.titled(np.asarray(panel), [title]))
-    title = f"losses, step {table[0, 0]:.0f} to {table[-1, 0]:.0f}, each point the mean of some"
+    title = f"losses until step {steps[-1]:.0f}, means over {size}"
     return cyclegan.titled(np.concatenate(panels), [title])
 
 
 def animate(folder):
     """Writes samples.gif: the samples, or FRAMES of them, from the first epoch to the last."""
-    paths = sorted((folder / "samples").glob("epoch_*.png"), key=lambda p: (len(p.name), p))
+    paths = sorted((path for path in (folder / "samples").glob("epoch_*.png")
+                    if path.stem[6:].isdecimal()), key=lambda path: int(path.stem[6:]))
     frames, file = [], io.BytesIO()
     for k in np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int):
         try:
             frame = Image.fromarray(cyclegan.read_picture(paths[k]))
             frame.thumbnail((960, 960))
-            epoch = f"after epoch {int(paths[k].stem.removeprefix('epoch_'))}"
+            epoch = f"after epoch {int(paths[k].stem[6:])}"
             frames.append(Image.fromarray(cyclegan.titled(np.asarray(frame), [epoch])))
         except UserError as error:
             log(f"skipped: {error}")
@@ -902,12 +924,14 @@ def evaluate_demo(run, scenes=32):
         log(f"{name}: on {scenes} held-out scenes the error inside the fruit is {inside:.0%} of "
             f"the untranslated picture's; outside the fruit it is {outside:.3f} on the [-1, 1] "
             "scale")
-    inside, outside = demo_errors(CycleGAN(model.config).G, apples, oranges)
+    inside, outside = demo_errors(CycleGAN(model.config).G, apples[:8], oranges[:8])
     log(f"What this means: the program drew {scenes} scenes that were not trained on, each with "
         "apples and with oranges,\nso it knows what a translation should look like. A picture left "
-        "as it is has 100% inside and 0.000 outside;\na perfect translation has 0% and 0.000; G "
-        f"before training has {inside:.0%} and {outside:.3f}.\nTo see the networks learn, open "
-        f"{run.folder / 'samples.gif'}; its columns are x, G(x), F(G(x)), y, F(y), G(F(y)).")
+        "as it is has 100% inside and 0.000 outside;\na perfect translation has 0% and 0.000; one "
+        f"before training has {inside:.0%} and {outside:.3f}.")
+    if (run.folder / "samples.gif").exists():  # once there are samples
+        log(f"To see the networks learn, open {run.folder / 'samples.gif'}; its columns are x, "
+            "G(x), F(G(x)), y, F(y), G(F(y)).")
 
 
 def demo_errors(network, source, truth):
@@ -939,9 +963,9 @@ def run_program(options):
         log("the first step compiles the networks, which may take a minute or two")
     received = train(run, options.max_steps, group)
     if RANK == 0:
+        animate(run.folder)
         if run.demo and not received:
             evaluate_demo(run)
-        animate(run.folder)
     if group:
         dist.barrier(group)  # until rank 0 is done; NCCL would end it if the others left
     finished = run.epoch >= model.config.epochs + model.config.decay_epochs

@@ -35,7 +35,7 @@ NOISE = 5 / 255     # as strong as this, the rest in carry_back counts half
 
 def parse():
     parser = argparse.ArgumentParser(usage="translate.py [option ...] [PICTURE_OR_FOLDER ...]",
-                                     description=__doc__,
+                                     description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("pictures").add_argument
     add("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER",
@@ -84,9 +84,12 @@ def training_pictures(checkpoint, direction):
     run = run_folder(checkpoint)
     path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
     try:
-        return run / cyclegan.read_checkpoint(path)["place"]["data"][direction == "BtoA"]
+        folder = run / cyclegan.read_checkpoint(path)["place"]["data"][direction == "BtoA"]
     except (LookupError, TypeError, UserError):
         raise UserError(f"{checkpoint} is not from a run; name the pictures to translate") from None
+    if not folder.is_dir():
+        raise UserError(f"the pictures of {run} are no longer in {folder}; name others")
+    return folder
 
 
 def run_folder(checkpoint):
@@ -157,7 +160,7 @@ def translate_photo(generator, picture, size=None, precision="fp32"):
     without the .config that says the scale, if no size does.
     """
     picture = np.ascontiguousarray(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
         raise ValueError(f"picture must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
     if not hasattr(generator, "config") and size is None:
         raise ValueError("load_generator(...) returns generators that know their scale; give this "
@@ -302,6 +305,8 @@ def print_written(writing, at_most):
 
 def write(target, picture):
     """Writes a result in the format of its suffix, marked as ours."""
+    if target.suffix == ".jpg" and max(picture.shape) > 65500:
+        raise UserError(f"{target}: a JPEG has at most 65,500 pixels a side; use --format png")
     if target.suffix == ".jpg":
         mark = Image.Exif()
         mark[0x0131] = SOFTWARE  # the tag Software

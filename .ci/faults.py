@@ -50,7 +50,7 @@ def contents(run):
 
 def check(out):
     """A broken run must have whole files, those of PEACE once resumed. -> the steps it had."""
-    whole, growing = contents(PEACE), ("latest.pt", "losses.csv", "samples.gif")
+    whole, growing = contents(PEACE), ("latest.pt", "losses.csv", "losses.png", "samples.gif")
     for name, content in contents(out).items():
         assert name in growing or name.endswith(".part") or content == whole[name], out / name
     steps = tests.steps_of(out)
