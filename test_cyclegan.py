@@ -1951,7 +1951,7 @@ MISTAKES = {  # a command line, and what its one sentence says
     "half of a flag": (f"{TRAIN} --epoch 3", "--epoch"),
     "pictures that are gone": ("translate.py --checkpoint gone", "are no longer in"),
     "no such run": ("train.py --resume nowhere", "nowhere"),
-    "not a run": ("train.py --resume apples", "--resume apples"),
+    "not a run": ("train.py --resume apples", "no apples/latest.pt"),
     "checkpoint cut short": ("train.py --resume cut", "cut/latest.pt"),
     "other settings": ("train.py --resume trained --width 5", "--width 5"),
     "other pictures": ("train.py --resume other --dataA oranges", "--dataA"),
