@@ -2132,7 +2132,7 @@ def test_readme_commands_run_as_printed(user, tmp_path):
         rest.result()
     assert cyclegan.load_checkpoint(tmp_path / "runs/apples-oranges/latest.pt")[0].steps == 2
     assert len(list((tmp_path / "translated").rglob("*.png"))) == 2
-    from_python = block_with("translate_photo")
+    from_python = block_with("translate_photo(generator")
     subprocess.run([sys.executable, "-c", from_python], cwd=tmp_path, check=True,
                    env={**ENVIRONMENT, "PYTHONPATH": str(HERE)})
     settings = cyclegan.load_checkpoint(tmp_path / "runs/cityscapes/latest.pt")[0].config
@@ -2145,7 +2145,7 @@ def test_readme_names_what_is_there():
         assert all(hasattr(cyclegan, name) or hasattr(CycleGAN, name) for name in names), names
         tests = set(re.findall(r"`(test_\w+)`", text)) - {"test_cyclegan"}
         assert tests <= globals().keys(), tests - globals().keys()
-        links = re.findall(r'(?:src="|\]\()([\w./]+)', text)
+        links = re.findall(r'(?:src="|\]\()([\w./]+)', re.sub("```.*?```", "", text, flags=re.S))
         assert all((path.parent / link).is_file() for link in links if "http" not in link), links
 
 
