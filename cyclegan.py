@@ -49,13 +49,11 @@ class Config:
     load_size: int = setting(None, "shorter side before the crop; default image_size x 286 / 256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
     width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
-    # Losses
     objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
     lambda_gan: float = setting(1.0, "weight of the adversarial losses of G and F (1 in Eq. 3)")
     lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
     lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
     lambda_identity: float = setting(0.5, "weight of identity, as a part of the cycle's (authors')")
-    # Training
     buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
     batch_size: int = setting(1, "images of each domain per step (Sec. 7.1)")
     lr: float = setting(2e-4, "learning rate of Adam (Sec. 7.1)")
