@@ -60,7 +60,7 @@ class Config:
     beta1: float = setting(0.5, "first beta of Adam; the second is 0.999 (authors' code)")
     epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
     decay_epochs: int = setting(100, "further epochs, in which it decays towards zero (Sec. 7.1)")
-    flip: bool = setting(True, "mirror half of the crops; not for text, or faces with a side")
+    flip: bool = setting(True, "mirror half of the crops; no good for text, or unequal sides")
     squash: bool = setting(False, "resize to a square, whatever the proportions (authors' code)")
     seed: int = setting(0, "seed of weights, order, crops, flips and buffers")
 
