@@ -190,7 +190,7 @@ def carry_back(picture, small, translated, strip=256):
     Around each pixel of `small` the translation is taken for an affine map of its colours, which
     is applied to the picture (a guided filter: He, Sun, Tang, TPAMI 2013, with colour guidance;
     in small: He, Sun, arXiv 1505.00996). What no such map explains, new texture or the network's
-    noise, is added with the weight s^4 / (s^4 + NOISE^4), where s is its strength, blurred.
+    noise, is added with the weight s^4 / (s^4 + NOISE^4); s is its strength after a blur.
     """
     source, result = to_unit(small), to_unit(translated)
     maps = colour_maps(source, result)
