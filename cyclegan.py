@@ -1,8 +1,9 @@
 """CycleGAN, to be read beside its paper: Zhu, Park, Isola, Efros, "Unpaired Image-to-Image
 Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, arXiv 1703.10593v7.
-"Sec.", "Eq." and "Fig." are the paper's; the authors' code is pytorch-CycleGAN-and-pix2pix.
+"Sec.", "Eq." and "Fig." are the paper's. "(authors' code)" marks a choice that is taken from
+pytorch-CycleGAN-and-pix2pix, as the paper is silent or says otherwise.
 
-There are images x of one domain, X (say, apples), and y of another, Y (oranges), but no pairs.
+Given are images x of a domain X (say, apples) and images y of a domain Y (oranges), unpaired.
 G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X to tell x from F(y).
 
       forward cycle (Fig. 3b)                    backward cycle (Fig. 3c)
@@ -13,80 +14,42 @@ G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X 
 
 An image is named after the domain it should lie in, so G makes all _y and F makes all _x:
 
-      fake_y = G(x)         fake_x = F(y)         should pass for real         Eq. 1
-      back_x = F(fake_y)    back_y = G(fake_x)    should be x and y again      Eq. 2
-      same_x = F(x)         same_y = G(y)         should be x and y still      Sec. 5.2
+      image                 should               loss                   weight   who learns from it
+      fake_y = G(x)         pass for a real y    adversarial, Sec. 4      1      G
+      fake_x = F(y)         pass for a real x    adversarial, Sec. 4      1      F
+      back_x = F(fake_y)    recover x            cycle, Eq. 2            10      G and F
+      back_y = G(fake_x)    recover y            cycle, Eq. 2            10      G and F
+      same_x = F(x)         leave x unchanged    identity, Sec. 5.2       5      F
+      same_y = G(y)         leave y unchanged    identity, Sec. 5.2       5      G
 
-"Images" are tensors (N, 3, H, W) in [-1, 1], "pictures" are uint8 arrays (H, W, 3).
-On the command line X is A and Y is B. Part I is the method, Part II what it takes to use it.
+The identity loss preserves colours; lambda_identity = 0 turns it off. D_Y learns from y and
+buffered fake_y, D_X from x and buffered fake_x. In the authors' code G is G_A, F is G_B, D_X is
+D_B, D_Y is D_A, back_x is rec_A, same_y is idt_A. Images are tensors (N, 3, H, W) in [-1, 1].
 """
 
-import io
-import os
-import time
-import warnings
-import zipfile
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
-from torch import distributed, nn
+from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-# ==== Part I: the method. First its settings ======================================================
-
-
-def setting(default, text):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of the method. Raises UserError for an impossible value."""
-    image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
-    load_size: int = setting(None, "shorter side before the crop; default image_size x 286 / 256")
-    blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
-    width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
-    objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
-    lambda_gan: float = setting(1.0, "weight of the adversarial losses of G and F (1 in Eq. 3)")
-    lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
-    lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
-    lambda_identity: float = setting(0.5, "weight of identity, as a part of the cycle's (authors')")
-    buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
-    batch_size: int = setting(1, "images of each domain per step (Sec. 7.1)")
-    lr: float = setting(2e-4, "learning rate of Adam (Sec. 7.1)")
-    beta1: float = setting(0.5, "first beta of Adam; the second is 0.999 (authors' code)")
-    epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
-    decay_epochs: int = setting(100, "further epochs, in which it decays towards zero (Sec. 7.1)")
-    flip: bool = setting(True, "mirror half of the crops; no good for text, or unequal sides")
-    squash: bool = setting(False, "resize to a square, whatever the proportions (authors' code)")
-    seed: int = setting(0, "seed of weights, order, crops, flips and buffers")
-
-    def __post_init__(self):
-        fill_in_and_check(self)  # what is None, and what is impossible
-
+# ==== Part I: the method, in plain PyTorch. Only the check of Config is in Part II ================
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
-# InstanceNorm, ReflectionPad and LastConvolution are PyTorch's InstanceNorm2d, ReflectionPad2d
-# and Conv2d, made faster in Part II. No convolution has a bias that a norm would cancel.
+# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm would cancel a bias before
+# it, so convolutions before a norm have none (in the authors' code they have one, without effect).
 
 
-def c7s1(channels, k):
+def c7s1(in_channels, k):
     """7x7 convolution with k filters and stride 1, InstanceNorm, ReLU."""
-    return [ReflectionPad(3), nn.Conv2d(channels, k, 7, bias=False), InstanceNorm(), nn.ReLU(True)]
+    return [nn.ReflectionPad2d(3), nn.Conv2d(in_channels, k, 7, bias=False),
+            nn.InstanceNorm2d(k), nn.ReLU(True)]
 
 
-def d(channels, k):
-    """3x3 convolution with k filters, stride 2, padded by zeros (authors'), InstanceNorm, ReLU."""
-    return [nn.Conv2d(channels, k, 3, 2, padding=1, bias=False), InstanceNorm(), nn.ReLU(True)]
-
-
-def u(channels, k):
-    """3x3 transposed convolution with k filters, stride 2 (the paper's 1/2), InstanceNorm, ReLU."""
-    return [nn.ConvTranspose2d(channels, k, 3, 2, padding=1, output_padding=1, bias=False),
-            InstanceNorm(), nn.ReLU(True)]
+def d(in_channels, k):
+    """3x3 convolution, k filters, stride 2, zero padding (authors' code), InstanceNorm, ReLU."""
+    return [nn.Conv2d(in_channels, k, 3, stride=2, padding=1, bias=False),
+            nn.InstanceNorm2d(k), nn.ReLU(True)]
 
 
 class R(nn.Module):
@@ -95,34 +58,43 @@ class R(nn.Module):
     def __init__(self, k):
         super().__init__()
         self.conv_block = nn.Sequential(
-            ReflectionPad(1), nn.Conv2d(k, k, 3, bias=False), InstanceNorm(), nn.ReLU(True),
-            ReflectionPad(1), nn.Conv2d(k, k, 3, bias=False), InstanceNorm())
+            nn.ReflectionPad2d(1), nn.Conv2d(k, k, 3, bias=False), nn.InstanceNorm2d(k),
+            nn.ReLU(True),
+            nn.ReflectionPad2d(1), nn.Conv2d(k, k, 3, bias=False), nn.InstanceNorm2d(k))
 
     def forward(self, h):
         return h + self.conv_block(h)
 
 
-def C(channels, k, stride=2):
-    """4x4 convolution with k filters, stride 2 by default, InstanceNorm, LeakyReLU of slope 0.2."""
-    return [nn.Conv2d(channels, k, 4, stride, padding=1, bias=False),
-            InstanceNorm(), nn.LeakyReLU(0.2, True)]
+def u(in_channels, k):
+    """3x3 transposed convolution with k filters (doubles H and W), InstanceNorm, ReLU."""
+    return [nn.ConvTranspose2d(in_channels, k, 3, stride=2, padding=1, output_padding=1,
+                               bias=False), nn.InstanceNorm2d(k), nn.ReLU(True)]
+
+
+def C(in_channels, k, stride=2):
+    """4x4 convolution with k filters, InstanceNorm, LeakyReLU of slope 0.2."""
+    return [nn.Conv2d(in_channels, k, 4, stride=stride, padding=1, bias=False),
+            nn.InstanceNorm2d(k), nn.LeakyReLU(0.2, True)]
 
 
 def initialise(network, rng=None):
-    """Weights are drawn from N(0, 0.02), of standard deviation 0.02; biases are 0 (Sec. 7.1)."""
+    """Draws weights from a normal of standard deviation 0.02 (Sec. 7.1); biases are 0."""
     for name, parameter in network.named_parameters():
-        std = 0.0 if name.endswith("bias") else 0.02
-        nn.init.normal_(parameter, 0.0, std, rng)
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.normal_(parameter, 0.0, 0.02, rng)
 
 
 class Generator(nn.Module):
-    """c7s1-64, d128, d256, `blocks` times R256, u128, u64, c7s1-3 (Sec. 7.2, where width is 64).
+    """c7s1-64, d128, d256, R256 (blocks of them), u128, u64, c7s1-3 (Sec. 7.2; width is 64).
 
-    (N, 3, H, W) images -> the same shape. Raises ValueError unless H and W are multiples of 4,
-    at least 8. The last layer has neither norm nor ReLU (authors' code).
+    (N, 3, H, W) images -> the same shape; H and W must be multiples of 4 and at least 8. The last
+    convolution is followed by tanh only: no norm, no ReLU (authors' code).
     """
 
-    def __init__(self, width=64, blocks=9):
+    def __init__(self, width=64, blocks=9, rng=None):
         super().__init__()
         self.model = nn.Sequential(                  # 256 x 256 becomes
             *c7s1(3, width),                         #   64 x 256 x 256
@@ -131,69 +103,74 @@ class Generator(nn.Module):
             *[R(4 * width) for _ in range(blocks)],  #  256 x  64 x  64
             *u(4 * width, 2 * width),                #  128 x 128 x 128
             *u(2 * width, width),                    #   64 x 256 x 256
-            ReflectionPad(3), LastConvolution(width, 3, 7), nn.Tanh())  # 3 x 256 x 256
-        initialise(self)
+            nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7), nn.Tanh())  # 3 x 256 x 256
+        initialise(self, rng)
 
     def forward(self, images):
-        check_sides(images)
+        height, width = images.shape[2:]
+        if height % 4 or width % 4 or height < 8 or width < 8:
+            raise ValueError(f"sides must be multiples of 4, at least 8, not {height} x {width}")
         return self.model(images)
 
 
 class Discriminator(nn.Module):
-    """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2, width 64).
+    """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2; width is 64).
 
-    (N, 3, H, W) images -> (N, 1, H', W') scores, high for real, each of a patch of 70 x 70 pixels;
-    no sigmoid. C64 has no norm. C512 has stride 1 (authors' code): with 2 it would be 94 x 94.
+    (N, 3, H, W) images -> (N, 1, H', W') scores, one per patch of 70 x 70 pixels, high for real.
+    No sigmoid. C64 has no norm. C512 has stride 1 (authors' code); with 2 patches were 94 x 94.
     """
 
-    def __init__(self, width=64):
+    def __init__(self, width=64, rng=None):
         super().__init__()
-        self.model = nn.Sequential(                  # 256 x 256 becomes
-            nn.Conv2d(3, width, 4, 2, padding=1),    #   64 x 128 x 128, C64
+        self.model = nn.Sequential(                          # 256 x 256 becomes
+            nn.Conv2d(3, width, 4, stride=2, padding=1),     #   64 x 128 x 128, C64
             nn.LeakyReLU(0.2, True),
-            *C(width, 2 * width),                    #  128 x  64 x  64
-            *C(2 * width, 4 * width),                #  256 x  32 x  32
-            *C(4 * width, 8 * width, stride=1),      #  512 x  31 x  31
-            nn.Conv2d(8 * width, 1, 4, padding=1))   #    1 x  30 x  30
-        initialise(self)
+            *C(width, 2 * width),                            #  128 x  64 x  64
+            *C(2 * width, 4 * width),                        #  256 x  32 x  32
+            *C(4 * width, 8 * width, stride=1),              #  512 x  31 x  31
+            nn.Conv2d(8 * width, 1, 4, padding=1))           #    1 x  30 x  30
+        initialise(self, rng)
 
     def forward(self, images):
         return self.model(images)
 
 
 # ---- Losses (Sec. 3, 4 and 5.2) ------------------------------------------------------------------
-# E[.] and ||.||_1 are means over images, channels and positions, as in the authors' code.
+# Every loss is a mean over images, channels and positions (authors' code).
 REAL, FAKE = 1.0, 0.0
 
 
 def adversarial_loss(scores, target, objective="lsgan"):
-    """A term of Eq. 1 as a loss: how far D's scores are from the target, REAL or FAKE. -> scalar
+    """One adversarial term: how far D's scores are from the target, REAL or FAKE. -> scalar
 
                              target REAL    target FAKE
-        "lsgan" (Sec. 4)     (D - 1)^2      D^2              where D = scores
-        "log" (Eq. 1)        -log(D)        -log(1 - D)      where D = sigmoid(scores)
+        "lsgan" (Sec. 4)     (s - 1)^2      s^2              where s = scores
+        "log" (Eq. 1)        -log(p)        -log(1 - p)      where p = sigmoid(scores)
 
-    The target of y is REAL and of G(x) FAKE in D_Y's loss, and of G(x) REAL in G's: with "log"
-    -log(D) (authors' code), as the gradient of Eq. 1's log(1 - D) vanishes once D is sure.
+    In D_Y's loss y has the target REAL and G(x) has FAKE; in G's loss G(x) has REAL. So with "log"
+    G minimises -log(p) (authors' code) instead of Eq. 1's log(1 - p), whose gradient vanishes once
+    D is confident. Raises ValueError for any other objective.
     """
     if objective == "lsgan":
         return (scores - target).square().mean()
-    return binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
+    if objective == "log":
+        return binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
+    raise ValueError(f'objective must be "lsgan" or "log", not {objective!r}')
 
 
-def cycle_loss(x, y, back_x, back_y, lambda_forward=1.0, lambda_backward=1.0):
-    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its weight (Eq. 3). -> scalar"""
+def cycle_loss(x, y, back_x, back_y, lambda_forward, lambda_backward):
+    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its weight. -> scalar"""
     return lambda_forward * l1_loss(back_x, x) + lambda_backward * l1_loss(back_y, y)
 
 
-def identity_loss(x, y, same_x, same_y, lambda_forward=1.0, lambda_backward=1.0):
-    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as the cycles of x and y. -> scalar"""
+def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
+    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, each with its weight. -> scalar"""
     return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
 
-def discriminator_loss(D, real, fake, objective="lsgan"):
-    """What D minimises, halved (Sec. 4, 7.1): ((D(real) - 1)^2 + D(fake)^2) / 2. -> scalar"""
-    real_scores, fake_scores = in_one_batch(D, real, fake)  # D(real), D(fake) (Part II)
+def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
+    """What D minimises: ((D(real) - 1)^2 + D(fake)^2) / 2, or its "log" equivalent. -> scalar
+    Halved so that D learns more slowly than G (Sec. 7.1); with Adam that has almost no effect."""
     return 0.5 * (adversarial_loss(real_scores, REAL, objective)
                   + adversarial_loss(fake_scores, FAKE, objective))
 
@@ -202,147 +179,179 @@ def discriminator_loss(D, real, fake, objective="lsgan"):
 
 
 class ImageBuffer(nn.Module):
-    """Once full, shows D an earlier generated image half of the time, which damps oscillation.
+    """Once full, shows D a previously generated image half of the time: damps oscillation (Sec. 4).
 
-    What a new image c does to a buffer of size 2 (authors' code):
+    What a query with a new image n does to a buffer of size 2 (authors' code):
 
-        filling     [a, -] -> [a, c]    c is shown    while there is room
-        swapping    [a, b] -> [a, c]    b is shown    when full, probability 1/2: a or b, at random
-        passing     [a, b] -> [a, b]    c is shown    when full, otherwise
+                                        D sees
+        filling     [a, -] -> [a, n]    n         while there is room
+        swapping    [a, b] -> [a, n]    b         when full, half of the time; a slot at random
+        passing     [a, b] -> [a, b]    n         when full, otherwise; always if size is 0
     """
 
     def __init__(self, size=50, side=256):
         super().__init__()
         self.register_buffer("images", torch.zeros(size, 3, side, side))
-        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # places filled
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # images stored
 
-    def exchange(self, images, draws):
-        """(N, 3, side, side) new images -> as many to show. draws: (N, 2) uniform on [0, 1)."""
-        shown = []
-        for image, draw in zip(images.split(1), draws.split(1)):
-            place, coin = draw.unbind(1)  # each of shape (1,)
-            # torch.where, not `if`: that would make the CPU wait for the GPU.
-            filling = self.count < len(self.images)
-            swapping = ~filling & (coin < 0.5)
-            slot = torch.where(filling, self.count, (place * len(self.images)).long())
-            old = self.images[slot]  # a copy, as slot is a tensor
-            shown.append(torch.where(swapping, old, image))
-            self.images[slot] = torch.where(filling | swapping, image, old)
-            self.count += filling
-        return torch.cat(shown)
+    def query(self, images, uniforms):
+        """(N, 3, side, side) new images -> as many for D to see. uniforms: (N, 2) in [0, 1)."""
+        size, shown = len(self.images), []
+        for image, (slot, coin) in zip(images, uniforms, strict=True):
+            if self.count < size:           # filling
+                self.images[self.count] = image
+                self.count += 1
+            elif size > 0 and coin < 0.5:   # swapping
+                k = int(slot * size)
+                image, self.images[k] = self.images[k].clone(), image
+            shown.append(image)
+        return torch.stack(shown)
 
 
-# ---- Training (Sec. 3.3, 4 and 7.1) --------------------------------------------------------------
-# From Part II: exchange(b, ...) is b.exchange(...), and average_... are means, over all GPUs;
-# engine.fast(G) is G, compiled on GPUs; engine.adam(G, F) is always the same Adam, of G and F.
+# ---- Training (Sec. 3.3, 4 and 7.1): its settings, then the step ---------------------------------
+
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings. Raises UserError (Part II), a ValueError, naming an impossible one."""
+    image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
+    load_size: int = setting(None, "shorter side before the crop; default image_size x 286 / 256")
+    blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
+    width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
+    objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
+    lambda_gan: float = setting(1.0, "weight of the adversarial losses of G and F (1 in Eq. 3)")
+    lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
+    lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
+    lambda_identity: float = setting(0.5, "identity, as a part of the cycle weight: 0.5 x 10 = 5")
+    buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
+    batch_size: int = setting(1, "images of each domain per step (Sec. 4)")
+    lr: float = setting(2e-4, "learning rate of both Adams (Sec. 7.1)")
+    beta1: float = setting(0.5, "first beta of both; the second is 0.999 (authors' code)")
+    epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
+    decay_epochs: int = setting(100, "further epochs, of linear decay towards zero (Sec. 7.1)")
+    flip: bool = setting(True, "mirror half of the crops; turn off where left and right matter")
+    squash: bool = setting(False, "resize to a square (the authors' default)")
+    seed: int = setting(0, "seed of weights, and in train.py of order, crops, flips, buffers")
+
+    def __post_init__(self):
+        complete_and_check(self)  # Part II: replaces None by defaults, raises UserError
 
 
 def learning_rate(config, epoch):
-    """By default 2e-4 in epochs 0 to 99, then 100/101, ..., 1/101 of that (authors' code)."""
-    late = max(0, epoch + 1 - config.epochs)
-    return config.lr * max(0.0, 1.0 - late / (config.decay_epochs + 1))
+    """Constant, then linear (Sec. 7.1). Epochs count from 0. By default epochs 0 to 99 have 2e-4,
+    epochs 100 to 199 have 2e-4 times 100/101, ..., 1/101 (authors' code, before mid-2020)."""
+    decayed = max(0, epoch + 1 - config.epochs)
+    return config.lr * max(0.0, 1.0 - decayed / (config.decay_epochs + 1))
 
 
-def six_images(G, F, x, y, lambda_identity=0.5):
-    """The six images of the table at the top, in three calls of a generator.
-
-    back_x needs fake_y, so G(x) comes first. Then F takes its three inputs in one batch, then G
-    its other two: faster, with the same result, as InstanceNorm treats each image alone.
-    """
-    fake_y = G(x)
-    if lambda_identity > 0:
-        back_x, fake_x, same_x = in_one_batch(F, fake_y, y, x)
-        back_y, same_y = in_one_batch(G, fake_x, y)
-    else:
-        back_x, fake_x = in_one_batch(F, fake_y, y)
-        back_y = G(fake_x)
-        same_x, same_y = x, y  # stand-ins, whose identity loss is 0
-    return fake_x, fake_y, back_x, back_y, same_x, same_y
-
-
-def minimise(loss, optimizer):
-    """A step of Adam. G's loss passes through D_Y; `inputs` keeps gradients from D_Y's weights."""
-    parameters = optimizer.param_groups[0]["params"]
+def minimise(loss, optimizer, lr):
+    """One step of Adam. `inputs` limits the gradients to this optimizer's parameters: G's loss
+    passes through D_Y, but D_Y does not learn from it."""
+    group = optimizer.param_groups[0]
+    group["lr"] = lr
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)
-    average_gradients(parameters)
+    loss.backward(inputs=[p for p in group["params"] if p.requires_grad])
     optimizer.step()
 
 
 class CycleGAN(nn.Module):
-    """What training changes: four networks, two image buffers, two optimizers.
+    """Everything training changes: four networks, two image buffers, two optimizers.
 
+        model = CycleGAN(config)
         for epoch in range(config.epochs + config.decay_epochs):
-            model.set_learning_rate(learning_rate(config, epoch))
-            for x, y in unpaired_batches:
-                losses = model.step(x, y)
+            lr = learning_rate(config, epoch)
+            for x, y in batches:
+                losses = model.step(x, y, lr, uniforms=torch.rand(2, len(x), 2))
 
-    You may replace any before the first step by one that treats each image alone (no BatchNorm).
+    An epoch has max(|X|, |Y|) images of each domain: the x are shuffled, the y drawn at random with
+    replacement. You may pass your own networks, without BatchNorm, as Part II joins batches.
     """
 
-    def __init__(self, config, device="cpu", precision="auto", eager=False):
+    def __init__(self, config, G=None, F=None, D_X=None, D_Y=None):
         super().__init__()
         self.config = config
-        self.G = Generator(config.width, config.blocks)  # X -> Y
-        self.F = Generator(config.width, config.blocks)  # Y -> X
-        self.D_X = Discriminator(config.width)           # is it x, or F(y)?
-        self.D_Y = Discriminator(config.width)           # is it y, or G(x)?
+        rng = torch.Generator().manual_seed(config.seed)  # random numbers, not a network
+        self.G = G or Generator(config.width, config.blocks, rng)  # X -> Y
+        self.F = F or Generator(config.width, config.blocks, rng)  # Y -> X
+        self.D_X = D_X or Discriminator(config.width, rng)         # is it x, or F(y)?
+        self.D_Y = D_Y or Discriminator(config.width, rng)         # is it y, or G(x)?
         self.buffer_X = ImageBuffer(config.buffer_size, config.image_size)  # of F(y), for D_X
         self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
-        self.steps = 0                                   # done so far
-        self.engine = Engine(config, device, precision, eager)  # device, Adam, speed (Part II)
-        initialise(self, torch.Generator().manual_seed(config.seed))  # again, from one seed
-        self.to(self.engine.device, memory_format=memory_format(self.engine.device))
+        adam = {"lr": config.lr, "betas": (config.beta1, 0.999)}
+        self.adam_GF = torch.optim.Adam([*self.G.parameters(), *self.F.parameters()], **adam)
+        self.adam_D = torch.optim.Adam([*self.D_X.parameters(), *self.D_Y.parameters()], **adam)
 
-    def set_learning_rate(self, lr):
-        self.engine.lr.fill_(lr)
+    def six_images(self, x, y):
+        """The six images of the table at the top. Part II computes the same in fewer calls."""
+        fake_y, fake_x = self.G(x), self.F(y)
+        back_x, back_y = self.F(fake_y), self.G(fake_x)
+        same_x, same_y = self.F(x), self.G(y)
+        return fake_y, fake_x, back_x, back_y, same_x, same_y
 
-    def step(self, x, y):
-        """One training step on x and y, each (N, 3, image_size, image_size), drawn independently.
+    def loss_of(self, D, real, fake):
+        return discriminator_loss(D(real), D(fake), self.config.objective)
 
-        Returns {name: detached scalar}: gan, cycle, identity with their weights, D_X and D_Y
-        halved. Raises ValueError for other shapes. The learning rate is the caller's to set.
+    def step(self, x, y, lr, uniforms):
+        """Six images, five reported losses, two updates (Eq. 3 and 4, and identity).
+
+        x, y: (N, 3, image_size, image_size), chosen independently. lr: the rate of both Adams.
+        uniforms: (2, N, 2) in [0, 1), for the two buffers; passed in, so a step is reproducible.
+        Returns {name: detached scalar}: gan, cycle, identity (weighted), D_X, D_Y.
         """
-        check_step(self, x, y)
-        draws = buffer_draws(self.config.seed, self.steps, x)  # (2, N, 2), a function of the step
-        losses = self.engine.run(self, x, y, draws)  # calls self.update(x, y, draws)
-        self.steps += 1
-        return losses
-
-    def update(self, x, y, draws):
-        """Six images, five losses, two updates (Eq. 3 and 4, and identity)."""
         c = self.config
-        G, F, D_X, D_Y = self.engine.fast(self.G, self.F, self.D_X, self.D_Y)
-        fake_x, fake_y, back_x, back_y, same_x, same_y = six_images(G, F, x, y, c.lambda_identity)
+        fake_y, fake_x, back_x, back_y, same_x, same_y = self.six_images(x, y)
 
-        # G and F minimise   Eq. 1, Sec. 4:  (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2    weight 1
-        #                    Eq. 2:          ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1    weight 10
-        #                    Sec. 5.2:       ||F(x) - x||_1    + ||G(y) - y||_1       weight 5
-        gan = c.lambda_gan * (adversarial_loss(D_Y(fake_y), REAL, c.objective)
-                              + adversarial_loss(D_X(fake_x), REAL, c.objective))
+        # G and F minimise, with the default weights
+        #     (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2    Eq. 1, Sec. 4    weight 1
+        #     ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1    Eq. 2            weight 10
+        #     ||F(x) - x||_1    + ||G(y) - y||_1       Sec. 5.2         weight 5
+        gan = c.lambda_gan * (adversarial_loss(self.D_Y(fake_y), REAL, c.objective)
+                              + adversarial_loss(self.D_X(fake_x), REAL, c.objective))
         cycle = cycle_loss(x, y, back_x, back_y, c.lambda_forward, c.lambda_backward)
         identity = c.lambda_identity * identity_loss(
             x, y, same_x, same_y, c.lambda_forward, c.lambda_backward)
+        minimise(gan + cycle + identity, self.adam_GF, lr)
 
-        # D_X minimises      Eq. 1, Sec. 4:  ((D_X(x) - 1)^2 + D_X(shown_x)^2) / 2, D_Y likewise
-        shown_x = exchange(self.buffer_X, fake_x.detach(), draws[0])
-        shown_y = exchange(self.buffer_Y, fake_y.detach(), draws[1])
-        loss_D_X = discriminator_loss(D_X, x, shown_x, c.objective)
-        loss_D_Y = discriminator_loss(D_Y, y, shown_y, c.objective)
+        # D_X and D_Y are updated after G and F (authors' code), from the fakes made before. These
+        # are detached, so G and F learn nothing here.
+        shown_x = self.buffer_X.query(fake_x.detach(), uniforms[0])
+        shown_y = self.buffer_Y.query(fake_y.detach(), uniforms[1])
+        loss_D_X = self.loss_of(self.D_X, x, shown_x)
+        loss_D_Y = self.loss_of(self.D_Y, y, shown_y)
+        minimise(loss_D_X + loss_D_Y, self.adam_D, lr)
 
-        # All five losses precede both updates; one Adam for two networks (authors' code).
-        minimise(gan + cycle + identity, self.engine.adam(self.G, self.F))
-        minimise(loss_D_X + loss_D_Y, self.engine.adam(self.D_X, self.D_Y))
-        return detach_and_average({"gan": gan, "cycle": cycle, "identity": identity,
-                                   "D_X": loss_D_X, "D_Y": loss_D_Y})
+        losses = dict(gan=gan, cycle=cycle, identity=identity, D_X=loss_D_X, D_Y=loss_D_Y)
+        return {name: loss.detach() for name, loss in losses.items()}
 
 
-# ==== Part II: what it takes to use the method. You may stop reading here. ========================
+# ==== Part II: what makes it fast and easy to use. You may stop reading here. =====================
+# ruff: noqa: E402 (these imports stand here, as Part I does without)
 
-__all__ = ["Config", "CycleGAN", "Discriminator", "Generator", "ImageBuffer", "UserError",
-           "adversarial_loss", "cycle_loss", "discriminator_loss", "find_pictures",
-           "identity_loss", "learning_rate", "load_checkpoint", "load_generator", "load_networks",
-           "read_picture", "save_checkpoint", "six_images", "to_pictures", "to_tensor", "translate"]
+import io
+import os
+import time
+import warnings
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, fields
+from numbers import Integral, Real
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from torch import distributed
+from torch.nn.functional import conv2d, pad
+
+__all__ = ["Config", "CycleGAN", "Discriminator", "FastStep", "Generator", "ImageBuffer",
+           "UserError", "adversarial_loss", "cycle_loss", "discriminator_loss", "find_pictures",
+           "identity_loss", "learning_rate", "load_checkpoint", "load_generator", "read_picture",
+           "save_checkpoint", "to_pictures", "to_tensor", "translate"]
 
 # ---- Errors and settings -------------------------------------------------------------------------
 
@@ -357,58 +366,56 @@ class UserError(ValueError):
 def out_of_memory(error):
     """Whether an exception says that memory ran out, on whatever device."""
     words = "out of memory", "allocate memory"
-    return isinstance(error, MemoryError) or any(w in str(error) for w in words)
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-LEAST = {"width": 1, "batch_size": 1}  # smallest values; 0 for the other settings
-
-
-def fill_in_and_check(config):
+def complete_and_check(config):
     """Replaces None in a new Config. Raises UserError naming the first impossible value."""
     def require(name, possible, rule):
         if not possible:
             raise UserError(f"{name} must be {rule}, not {getattr(config, name)!r}")
 
     size = config.image_size
-    require("image_size", isinstance(size, int) and size >= 24 and size % 4 == 0,
-            "a multiple of 4, at least 24")
+    kinds = {int: (Integral, "a whole number, at least 0"), float: (Real, "a number, at least 0"),
+             bool: (bool, "True or False"), str: (str, "lsgan or log")}
+    require("image_size", isinstance(size, Integral), kinds[int][1])
     defaults = {"load_size": round(size * 286 / 256), "blocks": 9 if size >= 256 else 6}
-    for name, value in defaults.items():
-        if getattr(config, name) is None:
-            object.__setattr__(config, name, value)  # frozen for everyone else
     for f in fields(config):
-        value, least = getattr(config, f.name), LEAST.get(f.name, 0)
-        if f.type is int:
-            require(f.name, isinstance(value, int) and value >= least,
-                    f"a whole number, at least {least}")
-        elif f.type is bool:
-            require(f.name, isinstance(value, bool), "True or False")
-        elif f.type is float:
-            require(f.name, isinstance(value, (int, float)) and 0 <= value < 1e300,
-                    "a number, at least 0")
-    require("load_size", config.load_size >= size, f"at least image_size, {size}")
-    require("objective", config.objective in ("lsgan", "log"), "lsgan or log")
-    require("lr", config.lr > 0, "above 0")
-    require("beta1", config.beta1 < 1, "below 1")
-    require("seed", config.seed < 2**63, "below 2^63")
-    require("epochs", 0 < config.epochs + config.decay_epochs < 10**6,
-            "between 1 and a million, together with decay_epochs")
+        value, (kind, rule) = getattr(config, f.name), kinds[f.type]
+        value = defaults.get(f.name) if value is None else value
+        require(f.name, isinstance(value, kind), rule)
+        object.__setattr__(config, f.name, f.type(value))  # frozen for everyone else
+        require(f.name, kind is str or 0 <= f.type(value) < 1e300, rule)
+    c = config
+    for name, possible, rule in (
+            ("image_size", c.image_size % 4 == 0 and c.image_size >= 24,
+             "a multiple of 4, at least 24"),
+            ("load_size", c.load_size >= c.image_size, f"at least image_size, {c.image_size}"),
+            ("objective", c.objective in ("lsgan", "log"), "lsgan or log"),
+            ("width", c.width > 0, "above 0"),
+            ("batch_size", c.batch_size > 0, "above 0"),
+            ("lr", c.lr > 0, "above 0"),
+            ("beta1", c.beta1 < 1, "below 1"),
+            ("seed", c.seed < 2**63, "below 2^63"),
+            ("epochs", 0 < c.epochs + c.decay_epochs < 10**6,
+             "between 1 and a million, together with decay_epochs")):
+        require(name, possible, rule)
 
 
-# ---- Layers, made faster -------------------------------------------------------------------------
+# ---- Layers and buffer, made faster --------------------------------------------------------------
 # On CUDA images lie in memory as channels_last (NHWC), which its convolutions want. PyTorch's own
 # norm and padding would return NCHW. On a CPU images stay NCHW.
 
 
-class InstanceNorm(nn.Module):
+class InstanceNorm(nn.InstanceNorm2d):
     """Normalises each channel of each image to mean 0 and variance 1; keeps the memory layout."""
 
     def forward(self, h):
         if h.is_contiguous():  # NCHW: one channel a group, the fastest on a CPU
-            return torch.group_norm(h, h.shape[1])
+            return torch.group_norm(h, h.shape[1], eps=self.eps)
         wide = h if h.dtype == torch.float64 else h.float()  # statistics in bfloat16 would be wrong
         variance, mean = torch.var_mean(wide, (2, 3), correction=0, keepdim=True)
-        return ((wide - mean) * torch.rsqrt(variance + 1e-5)).to(h.dtype)
+        return ((wide - mean) * torch.rsqrt(variance + self.eps)).to(h.dtype)
 
 
 class ReflectionPad(nn.ReflectionPad2d):
@@ -418,7 +425,7 @@ class ReflectionPad(nn.ReflectionPad2d):
         if h.is_contiguous():
             return super().forward(h)
         last = h.movedim(1, -1)  # (N, H, W, C): padded as three dimensions, C by nothing
-        return nn.functional.pad(last, (0, 0, *self.padding), "reflect").movedim(-1, 1)
+        return pad(last, (0, 0, *self.padding), "reflect").movedim(-1, 1)
 
 
 class LastConvolution(nn.Conv2d):
@@ -431,35 +438,60 @@ class LastConvolution(nn.Conv2d):
     def forward(self, h):
         if not h.is_contiguous():
             return super().forward(h)
-        filters = [nn.functional.pad(self.weight, (0, 0, k, 3 - k)) for k in range(4)]
-        rows = nn.functional.conv2d(h, torch.cat(filters), self.bias.repeat(4), stride=(4, 1))
+        filters = [pad(self.weight, (0, 0, k, 3 - k)) for k in range(4)]
+        rows = conv2d(h, torch.cat(filters), self.bias.repeat(4), stride=(4, 1))
         return rows.unflatten(1, (4, 3)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def check_sides(images):
-    """Raises ValueError unless height and width are multiples of 4, at least 8."""
-    height, width = images.shape[2:]
-    if height % 4 or width % 4 or height < 8 or width < 8:
-        raise ValueError(f"height and width must be multiples of 4, at least 8, not {height} x "
-                         f"{width}; translate() takes pictures of any size")
+class CapturableBuffer(ImageBuffer):
+    """The same without `if`, for which a CPU would have to wait for the GPU."""
+
+    def query(self, images, uniforms):
+        if len(self.images) == 0:
+            return images
+        shown = []
+        for image, (slot, coin) in zip(images, uniforms, strict=True):
+            filling = self.count < len(self.images)
+            swapping = ~filling & (coin < 0.5)
+            k = torch.where(filling, self.count, (slot * len(self.images)).long())
+            old = self.images[k]  # a copy, as k is a tensor
+            shown.append(torch.where(swapping, old, image))
+            self.images[k] = torch.where(filling | swapping, image, old)
+            self.count += filling
+        return torch.cat(shown)
 
 
-def in_one_batch(network, *batches):
-    """[network(batch) for batch in batches], in one call of the network."""
-    return network(torch.cat(batches)).chunk(len(batches))
+def with_fast_layers(model):
+    """A model or network whose layers get the faster classes; tensors and names stay."""
+    for layer in model.modules():
+        if type(layer) is nn.InstanceNorm2d and not layer.affine and not layer.track_running_stats:
+            layer.__class__ = InstanceNorm
+        elif type(layer) is nn.ReflectionPad2d:
+            layer.__class__ = ReflectionPad
+        elif type(layer) is ImageBuffer:
+            layer.__class__ = CapturableBuffer
+        elif type(layer) is Generator:
+            layer.model[-2].__class__ = LastConvolution
+    return model
 
 
-# ---- Running the step on a device ----------------------------------------------------------------
+# ---- The step on a device ------------------------------------------------------------------------
 
 
 def choose_device(device, precision="auto"):
     """(torch.device, precision); "auto" is CUDA, and bf16 where native. Raises UserError."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"precision must be auto, fp32 or bf16, not {precision!r}")
     if str(device) == "auto":
-        device = "cuda" if available["cuda"] else "cpu"
-    device = torch.device(device)
-    if not available.get(device.type, True):
-        raise UserError(f"--device {device}: PyTorch finds none on this machine; try --device cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"device {device} cannot be used here ({reason}); try cpu") from None
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     if precision == "auto":
         native = (device.type == "cuda"
                   and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -477,81 +509,107 @@ def to_device(tensor, device):
     return (tensor.pin_memory() if cuda else tensor).to(device, non_blocking=cuda)
 
 
-def check_step(model, x, y):
-    """Raises ValueError if a step cannot take these images, or not with these networks."""
-    size, engine = model.config.image_size, model.engine
-    if x.shape != y.shape or x.shape[1:] != (3, size, size) or len(x) == 0:
-        raise ValueError(f"x and y must both be (N, 3, {size}, {size}), as image_size is {size}; "
-                         f"they are {tuple(x.shape)} and {tuple(y.shape)}")
-    if x.device.type != engine.device.type:
-        raise ValueError(f"x is on {x.device}, the model on {engine.device}, as said when it was "
-                         "made: CycleGAN(config, device)")
-    if engine.trained not in (None, networks_and_type(model)):
-        raise ValueError("a network, or the type of its weights, changed after the first step or "
-                         "after loading; change them on a new CycleGAN")
+def in_one_batch(network, *batches):
+    """[network(batch) for batch in batches] in one call: InstanceNorm treats each image alone."""
+    return network(torch.cat(batches)).chunk(len(batches))
 
 
-def networks_and_type(model):
-    return model.G, model.F, model.D_X, model.D_Y, next(model.parameters()).dtype
+class Fused(CycleGAN):
+    """The step of a model with three calls of a generator for six, one of a discriminator for two.
 
-
-def buffer_draws(seed, step, images):
-    """Place and coin for each image in both buffers: (2, N of all processes, 2) on [0, 1)."""
-    random = np.random.default_rng([seed, 0, step])
-    draws = random.random((2, len(images) * rank_and_world_size()[1], 2), np.float32)  # never 1
-    return to_device(torch.from_numpy(draws), images.device)
-
-
-class Engine:
-    """Runs CycleGAN.update: holds the optimizers and, on CUDA, what makes it fast.
-
-    precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
-    eager: on CUDA, too, nothing is compiled and no graph captured.
+    It shares the model's weights, buffers and Adams. `networks` stand in for G, F, D_X and D_Y.
     """
 
-    def __init__(self, config, device, precision, eager=False):
-        self.device, self.precision = choose_device(device, precision)
-        self.fuses = self.device.type == "cuda" and not eager
-        self.betas = (float(config.beta1), 0.999)
-        # The rate is a tensor, which both optimizers read: a CUDA graph would bake a number in.
-        if self.device.type == "cuda":
-            self.lr = torch.tensor(config.lr, dtype=torch.float32, device=self.device)
+    def __init__(self, model, networks):
+        nn.Module.__init__(self)
+        self.config = model.config
+        self.G, self.F, self.D_X, self.D_Y = networks
+        self.buffer_X, self.buffer_Y = model.buffer_X, model.buffer_Y
+        self.adam_GF, self.adam_D = model.adam_GF, model.adam_D
+
+    def six_images(self, x, y):
+        """back_x needs fake_y, so G(x) comes first; then F takes its three inputs, G its others."""
+        fake_y = self.G(x)
+        if self.config.lambda_identity > 0:
+            back_x, fake_x, same_x = in_one_batch(self.F, fake_y, y, x)
+            back_y, same_y = in_one_batch(self.G, fake_x, y)
         else:
-            self.lr = torch.tensor(config.lr, dtype=torch.float64)
-        self.optimizers = {}  # networks -> their Adam
-        self.networks = {}    # networks -> what stands in for them
-        self.trained = None   # after the first step: networks_and_type
-        self.graph = None
+            back_x, fake_x = in_one_batch(self.F, fake_y, y)
+            back_y = self.G(fake_x)
+            same_x, same_y = x, y  # stand-ins, whose identity loss is 0
+        return fake_y, fake_x, back_x, back_y, same_x, same_y
 
-    def adam(self, *networks):
-        """The Adam of all parameters of some networks, made at the first call."""
-        if networks not in self.optimizers:
-            parameters = [p for n in networks for p in n.parameters() if p.requires_grad]
-            kind = self.device.type
-            self.optimizers[networks] = torch.optim.Adam(
-                parameters, self.lr, self.betas, fused=kind in ("cpu", "cuda"),
-                capturable=kind == "cuda")
-        return self.optimizers[networks]
+    def loss_of(self, D, real, fake):
+        return discriminator_loss(*in_one_batch(D, real, fake), self.config.objective)
 
-    def fast(self, *networks):
-        """Networks as the step calls them: on CUDA compiled; in bfloat16 if that is asked for."""
-        if networks not in self.networks:
-            for network in networks:
-                network.to(self.device, memory_format=memory_format(self.device))
-                take_from_rank_0(network)
-            fast = compiled(networks) if self.fuses else networks
-            if self.precision == "bf16":
-                fast = [in_bfloat16(network) for network in fast]
-            self.networks[networks] = fast
-        return self.networks[networks]
 
-    def run(self, model, *tensors):
-        """model.update(*tensors), on CUDA as a captured graph, unless processes talk within it."""
-        if self.graph is None and self.fuses and rank_and_world_size()[1] == 1:
-            self.graph = CudaGraph(model.update, self.device)
-        losses = self.graph(*tensors) if self.graph else model.update(*tensors)
-        self.trained = networks_and_type(model)
+class FastStep:
+    """CycleGAN.step on a device, fast. Takes a model that has made no step, and moves it there.
+
+    precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
+    On CUDA, unless `eager`, networks are compiled, and the step is captured as a graph. Several
+    processes have each their images and buffers, and average their gradients.
+    """
+
+    def __init__(self, model, device="cpu", precision="auto", eager=False):
+        self.device, self.precision = choose_device(device, precision)
+        self.model, self.steps = with_fast_layers(model), 0  # done so far
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank = distributed.get_rank() if together else 0
+        self.world_size = distributed.get_world_size() if together else 1
+        if self.world_size > 1:
+            for tensor in model.state_dict().values():
+                distributed.broadcast(tensor, 0)  # networks of one's own may start differently
+        model.to(self.device, memory_format=memory_format(self.device))
+        cuda = self.device.type == "cuda"
+        for adam in (model.adam_GF, model.adam_D):
+            adam.param_groups[0].update(fused=cuda or self.device.type == "cpu", capturable=cuda)
+            if self.world_size > 1:
+                adam.register_step_pre_hook(average_gradients)
+
+        self.compiles = cuda and not eager
+        networks = [model.G, model.F, model.D_X, model.D_Y]
+        if self.compiles:
+            networks = compiled(networks)
+        if self.precision == "bf16":
+            networks = [in_bfloat16(network) for network in networks]
+        self.run = Fused(model, networks).step
+        if self.compiles and self.world_size == 1:
+            self.run = CudaGraph(self.run, self.device)
+
+    def __call__(self, x, y, lr):
+        """CycleGAN.step, whose uniforms follow from the seed and `steps`. Raises ValueError."""
+        check_batch(x, y, self.model.config.image_size)
+        random = np.random.default_rng([self.model.config.seed, 0, self.steps])
+        uniforms = random.random((2, self.world_size * len(x), 2), np.float32)  # never rounded to 1
+        uniforms = torch.from_numpy(uniforms).chunk(self.world_size, 1)[self.rank]
+        if self.device.type == "cuda":
+            lr = torch.full((), lr, device=self.device)  # a graph would bake a number in
+        losses = self.run(x, y, lr, to_device(uniforms, self.device))
+        self.steps += 1
         return losses
+
+
+def check_batch(x, y, side):
+    """Raises ValueError unless x and y are batches of images that a step can take."""
+    for images in (x, y):
+        expected = (max(1, len(x)), 3, side, side)
+        if not isinstance(images, torch.Tensor) or images.shape != expected:
+            raise ValueError(f"x and y must be tensors (N, 3, {side}, {side}), as image_size is "
+                             f"{side}; to_tensor() makes them from pictures")
+        if images.device.type == "cpu" and not images.abs().amax() <= 1:  # a GPU would wait
+            raise ValueError("x and y must lie in [-1, 1]")
+
+
+def average_gradients(adam, *_):
+    """Replaces the gradients by their means over all processes, in one reduction."""
+    gradients = [p.grad for p in adam.param_groups[0]["params"] if p.grad is not None]
+    in_memory = [g.as_strided((g.numel(),), (1,)) for g in gradients]  # a view in any layout
+    flat = torch.cat(in_memory)
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, mean in zip(in_memory, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean)
 
 
 def in_bfloat16(network):
@@ -564,16 +622,20 @@ def in_bfloat16(network):
 
 
 def compiled(networks):
-    """The networks compiled; if that fails, as they are, with a warning that says why."""
+    """The networks compiled, or as they are, with a warning, where that fails."""
     try:
         torch.compile(lambda h: h * h + 1)(torch.ones(8, device="cuda"))
     except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"torch.compile fails, so steps are slower: {type(error).__name__} {reason} "
-                      "(with --eager it is not tried)", stacklevel=2)
+        warn_of_slow_steps("torch.compile fails", error)
         return networks
     torch._dynamo.config.cache_size_limit = 64  # past 8 sizes it would go on uncompiled
     return [torch.compile(network, dynamic=False) for network in networks]
+
+
+def warn_of_slow_steps(what, error):
+    reason = f"{type(error).__name__} {error}".strip().partition("\n")[0]
+    warnings.warn(f"{what}, so steps are slower: {reason} (with --eager it is not tried)",
+                  stacklevel=4)
 
 
 class CudaGraph:
@@ -585,377 +647,302 @@ class CudaGraph:
 
     def __init__(self, function, device):
         self.function, self.inputs = function, []
-        self.stream = torch.cuda.Stream(device)  # of eager calls and of the capture
+        self.stream = torch.cuda.Stream(device)  # of the first calls and of the capture
 
     def __call__(self, *tensors):
         if [t.shape for t in self.inputs] != [t.shape for t in tensors]:
             self.inputs = [tensor.clone() for tensor in tensors]
             self.calls, self.graph = 0, None
+        for static, tensor in zip(self.inputs, tensors, strict=True):
+            static.copy_(tensor)
         self.calls += 1
         if self.calls == 4:
             self.capture()
-        if self.graph is None:
-            return self.run_eagerly(tensors)
-        for static, tensor in zip(self.inputs, tensors):
-            static.copy_(tensor)
-        self.graph.replay()
-        return {name: value.clone() for name, value in self.result.items()}
-
-    def run_eagerly(self, tensors):
+        if self.graph is not None:
+            self.graph.replay()
+            return {name: loss.clone() for name, loss in self.losses.items()}
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            result = self.function(*tensors)
+            losses = self.function(*self.inputs)
         current.wait_stream(self.stream)
-        return result
+        return losses
 
     def capture(self):
         current = torch.cuda.current_stream(self.stream.device)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.function(*self.inputs)
+            # "thread_local": threads that read pictures may use CUDA meanwhile
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.losses = self.function(*self.inputs)
+            self.graph = graph
         except RuntimeError as error:
-            self.graph = None
             torch.cuda.set_stream(current)  # torch.cuda.graph may have failed to
             torch.backends.cudnn.benchmark = False  # would free memory and fail (pytorch 180395)
-            warnings.warn("CUDA cannot capture the step, so steps are slower: "
-                          f"{error.__context__ or error} (with --eager it is not tried)",
-                          stacklevel=2)
-
-
-# ---- Several processes, each with its share of a batch -------------------------------------------
-
-
-def rank_and_world_size():
-    """This process's rank, and how many train together; (0, 1) for one alone."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def take_from_rank_0(network):
-    """Gives every process the weights of rank 0, as custom networks may start with others."""
-    if rank_and_world_size()[1] > 1:
-        for tensor in network.state_dict().values():
-            distributed.broadcast(tensor, 0)
-
-
-def exchange(buffer, images, draws):
-    """buffer.exchange; every process has the same buffer, and passes it the images of all."""
-    rank, world_size = rank_and_world_size()
-    if len(buffer.images) == 0:
-        return images
-    if world_size > 1:
-        images = images.contiguous()
-        gathered = [torch.empty_like(images) for _ in range(world_size)]
-        distributed.all_gather(gathered, images)
-        images = torch.cat(gathered)
-    return buffer.exchange(images, draws).chunk(world_size)[rank]
-
-
-def average(tensors):
-    """Replaces each tensor by its mean over all processes, with one reduction for all of them."""
-    world_size = rank_and_world_size()[1]
-    if world_size == 1:
-        return
-    in_memory = [t.as_strided((t.numel(),), (1,)) for t in tensors]  # a view in any layout
-    flat = torch.cat(in_memory)
-    distributed.all_reduce(flat)
-    flat /= world_size
-    for tensor, mean in zip(in_memory, flat.split([t.numel() for t in tensors])):
-        tensor.copy_(mean)
-
-
-def average_gradients(parameters):
-    average([p.grad for p in parameters if p.grad is not None])
-
-
-def detach_and_average(losses):
-    """{name: loss} -> the same, detached, each its mean over all processes."""
-    losses = {name: loss.detach() for name, loss in losses.items()}
-    average(list(losses.values()))
-    return losses
+            warn_of_slow_steps("CUDA cannot capture the step", error.__context__ or error)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-class NotReplaced(UserError):
-    """A file was written, but could not take the place of the old one."""
+def write_file(path, data):
+    """Writes bytes beside `path`, syncs, renames: there is always the old file or the new one.
 
-
-def write_file(path, chunks, keep=False):
-    """Writes bytes beside `path`, syncs, renames: it is always the old file or the new.
-
-    With `keep`, a new file that cannot take the place of the old one stays beside it: latest.pt
-    as latest.new.pt. Raises UserError; NotReplaced, if it is only the place that it cannot take.
+    Raises UserError. If the new file is only denied the place of the old one, it stays, whole, as
+    PATH.part.
     """
-    part = path.with_name(f"cyclegan-{os.urandom(8).hex()}.part")
+    part = path.with_name(f"{path.name}.part")
+    if len(os.fsencode(part.name)) > 255:  # more than file systems take
+        part = path.with_name(f"{hash(path.name):x}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.writelines(chunks)
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # anew: two programs never write into one file
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        replace_file(part, path)
-    except NotReplaced as error:
-        if not keep:
-            raise
-        new = path.with_suffix(f".new{path.suffix}")
-        new.unlink(missing_ok=True)
-        os.rename(part, new)
-        raise NotReplaced(f"{error}; the new one is whole: rename {new} to {path.name}") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        if os.path.exists(part):  # only after a failure
+        with suppress(OSError):
             part.unlink()
-
-
-def replace_file(part, path):
-    """Renames; if that fails, again for five seconds: a virus scanner may hold the old file."""
-    for _ in range(25):
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    for _ in range(25):  # for 5 seconds, as a virus scanner may hold the old file
         try:
             os.replace(part, path)
             return
         except OSError as error:
             reason = error.strerror or error
             time.sleep(0.2)
-    raise NotReplaced(f"cannot replace {path}: {reason}")
+    raise UserError(f"cannot replace {path}: {reason}; the new one is whole, as {part}")
 
 
-def optimizers(model):
-    return model.engine.adam(model.G, model.F), model.engine.adam(model.D_X, model.D_Y)
-
-
-def save_checkpoint(path, model, place, keep=False):
-    """Writes the whole state of a CycleGAN to a file, with `place`, a dict of plain values.
-
-    keep: see write_file. Raises UserError.
-    """
-    state = {"config": asdict(model.config), "precision": model.engine.precision,
-             "steps": model.steps, "place": place, "model": model.state_dict(),
-             "adams": [adam.state_dict()["state"] for adam in optimizers(model)]}
-    file = io.BytesIO()
-    torch.save(state, file)
-    write_file(Path(path), [file.getbuffer()], keep)
+def save_checkpoint(path, fast, place):
+    """Writes the whole state of a FastStep, with `place`, a dict of plain values. UserError."""
+    model, file = fast.model, io.BytesIO()
+    torch.save({"config": asdict(model.config), "steps": fast.steps, "place": place,
+                "model": model.state_dict(),
+                "adams": [adam.state_dict()["state"] for adam in (model.adam_GF, model.adam_D)]},
+               file)
+    write_file(Path(path), file.getbuffer())
 
 
 def read_checkpoint(path):
     """The dict in a checkpoint: tensors and plain values; no code in it runs. Raises UserError."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise zipfile.BadZipFile  # a wrong checksum, at which torch.load does not look
+            raise zipfile.BadZipFile("a wrong checksum")  # at which torch.load does not look
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what the sentences below say
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
+            saved = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes the readers raise anything at all
-        raise UserError(f"{path} is damaged or not a checkpoint "
-                        f"({type(error).__name__})") from error
+        if out_of_memory(error):
+            raise
+        if getattr(error, "filename", None):  # it is missing, or may not be read
+            raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); expected "
+                        "is latest.pt of a run, or a state_dict such as the authors' "
+                        "latest_net_G.pth") from error
+    if isinstance(saved.get("config"), dict):
+        saved["config"].setdefault("squash", True)  # as pictures were before that setting
+    return saved
 
 
-def load_checkpoint(path, device="cpu", eager=False):
-    """The (CycleGAN, place) in a file of save_checkpoint; device, eager: of CycleGAN.
+def load_checkpoint(path, device="cpu", precision="auto", eager=False, **networks):
+    """The (FastStep, place) in a run's folder or a file of save_checkpoint.
 
-    Raises UserError if it is not one, is damaged, or holds networks other than this module's.
+    device, precision, eager: of FastStep. networks: G, F, D_X, D_Y, if they are your own. Raises
+    UserError if the file is damaged, is no checkpoint, or holds other networks.
     """
+    choose_device(device, precision)  # whose errors are not the file's
+    path = Path(path) / "latest.pt" if Path(path).is_dir() else Path(path)
     saved = read_checkpoint(path)
     try:
-        model = CycleGAN(saved_config(saved), device, saved["precision"], eager)
-        state, own = saved["model"], model.state_dict()
-        for key in ("buffer_X.images", "buffer_Y.images"):
-            if state[key].numel() == 0:  # as older files have them before the first step
-                state[key] = own[key]
-        if state.keys() != own.keys():
-            raise ValueError(f"it has other networks: {min(state.keys() ^ own.keys())}")
+        state = saved["model"]
+        model = CycleGAN(Config(**saved["config"]), **networks)
+        others = state.keys() ^ model.state_dict().keys()
+        if others:
+            raise ValueError(f"it has other networks: {min(others)}")
         model.to(state["buffer_X.images"].dtype).load_state_dict(state)
-        model.steps = int(saved["steps"])
-        for adam, moments in zip(optimizers(model), saved["adams"], strict=True):
-            load_moments(adam, moments, model)
-        if model.steps > 0:
-            model.engine.trained = networks_and_type(model)
-        return model, saved["place"]
+        fast = FastStep(model, device, precision, eager)
+        fast.steps = int(saved["steps"])
+        for adam, moments in zip((model.adam_GF, model.adam_D), saved["adams"], strict=True):
+            load_moments(adam, moments, fast.steps)
+        return fast, saved["place"]
     except Exception as error:
         if out_of_memory(error):
             raise
         raise UserError(f"{path} is not a checkpoint of a run ({error})") from error
 
 
-def saved_config(saved):
-    """The Config in a checkpoint. Those from before `squash` had their pictures squashed."""
-    return Config(**{"squash": True, **saved["config"]})
-
-
-def load_moments(adam, state, model):
-    """Restores saved moments into a new Adam."""
-    if model.steps > 0 and len(state) != len(adam.param_groups[0]["params"]):
+def load_moments(adam, state, steps):
+    """Restores saved moments into a new Adam, whose flags stay."""
+    if steps > 0 and len(state) != sum(p.requires_grad for p in adam.param_groups[0]["params"]):
         raise ValueError("it lacks moments of Adam")
     adam.load_state_dict({**adam.state_dict(), "state": state})
-    adam.param_groups[0]["lr"] = model.engine.lr  # the tensor itself; load_state_dict copied it
     for parameter, moments in adam.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            if moments[name].shape != parameter.shape:  # the fused Adam would write past its end
-                raise ValueError(f"{name} has the shape of no parameter")
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
+            moment = moments[name].view_as(parameter)  # or the fused Adam would write past its end
+            moments[name] = torch.empty_like(parameter).copy_(moment)
 
 
 def load_generator(path, direction="AtoB", device="cpu"):
     """G ("AtoB") or F ("BtoA") of a run's folder or checkpoint: in eval mode, without gradients.
 
-    The authors' files will do, too: one such as 200_net_G_B.pth, taken for what it is, or a
-    folder with latest_net_G_A.pth and _B.pth or those of epochs, of which the direction picks
-    one, or with latest_net_G.pth. Blocks and width follow from the weights. `.config` of what is
-    returned is the run's Config, None for the authors' files. Raises UserError naming the file.
+    Also of the authors' files: one such as 200_net_G_B.pth, taken for what it is, or a folder with
+    latest_net_G_A.pth and latest_net_G_B.pth, of which the direction picks one, or with
+    latest_net_G.pth. Blocks and width follow from the weights. What is returned has the run's
+    .config (else None), .steps and .place, and .settings. Raises UserError naming the file.
     """
     if direction not in ("AtoB", "BtoA"):
         raise ValueError(f'direction must be "AtoB" or "BtoA", not {direction!r}')
-    name = "G" if direction == "AtoB" else "F"
-    file = find_network(Path(path), name) or Path(path) / "latest.pt"
-    generator = network_of(read_checkpoint(file), name, file)
-    device = torch.device(device)
+    name, (device, _) = "G" if direction == "AtoB" else "F", choose_device(device)
+    file = find_network(Path(path), name)
+    generator = with_fast_layers(generator_of(read_checkpoint(file), name, file))
     generator.to(device, memory_format=memory_format(device))
     return generator.eval().requires_grad_(False)
 
 
-AUTHORS = {"G": "G_A", "F": "G_B", "D_X": "D_B", "D_Y": "D_A"}  # their D_A judges what G_A makes
-
-
-def load_networks(path):
-    """Those of the four networks that a run, a checkpoint or the authors' files hold, by name.
-
-    Of a single generator's file, or of a folder with latest_net_G.pth, it is G. Raises UserError.
-    """
-    files = {name: find_network(Path(path), name) for name in AUTHORS}
-    saved = {file: read_checkpoint(file) for file in set(files.values()) if file}
-    if not saved:
-        raise UserError(f"{path} holds no networks: neither latest.pt nor latest_net_G_A.pth")
-    networks, taken = {}, set()
-    for name, file in files.items():
-        if file and ("model" in saved[file] or file not in taken):
-            networks[name] = network_of(saved[file], name, file)
-            taken.add(file)
-    return networks
-
-
 def find_network(path, name):
-    """The file of a network in a folder, of the authors' epochs the latest; or None."""
+    """The file of G or F: the path itself, or one in a folder. Raises UserError."""
     if not path.is_dir():
         return path
-    theirs = f"net_{AUTHORS[name]}.pth"
-    epochs = sorted(path.glob(f"*_{theirs}"), key=lambda file: (len(file.name), file.name))
-    files = [path / "latest.pt", path / f"latest_{theirs}", *epochs[::-1]]
-    if name in ("G", "F") and not any(path.glob("*_net_G_?.pth")):
-        files.append(path / "latest_net_G.pth")  # of a training in one direction
-    return next((file for file in files if file.is_file()), None)
+    theirs = "latest_net_G_A.pth" if name == "G" else "latest_net_G_B.pth"
+    for file in (path / "latest.pt", path / theirs, path / "latest_net_G.pth"):
+        if file.is_file():
+            return file
+    raise UserError(f"{path} holds neither latest.pt nor {theirs}; name a file")
 
 
-def network_of(saved, name, path):
-    """The network of that name in a checkpoint, or the one that is in an authors' file.
-
-    Its `.config` is the run's Config, None for the authors' files. Raises UserError.
-    """
-    config, generates = None, name in ("G", "F")
+def generator_of(saved, name, path):
+    """G or F in a checkpoint, or the generator that is in an authors' file. Raises UserError."""
     try:
-        if "model" in saved:
-            config, prefix = saved_config(saved), f"{name}."
-            saved = {key.removeprefix(prefix): value for key, value in saved["model"].items()
-                     if key.startswith(prefix)}
-        weights = {plain_key(key): value for key, value in saved.items()}
-        width = len(weights["model.1.weight" if generates else "model.0.weight"])
-        blocks = sum(key.endswith("conv_block.1.weight") for key in weights)
-        network = Generator(width, blocks) if generates else Discriminator(width)
-        missing, others = network.load_state_dict(weights, strict=False)
+        config = Config(**saved["config"]) if "model" in saved else None
+        weights = {}
+        for key, value in saved.get("model", saved).items():
+            if config and key.startswith(f"{name}."):
+                weights[key.removeprefix(f"{name}.")] = value
+            elif not config:  # without a wrapper's prefix; 6 stands after a dropout
+                key = key.replace("_orig_mod.", "").removeprefix("module.")
+                weights[key.replace("conv_block.6.", "conv_block.5.")] = value
+        settings = {"width": len(weights["model.1.weight"]),
+                    "blocks": sum(key.endswith("conv_block.1.weight") for key in weights)}
+        generator = Generator(**settings)
+        own = generator.state_dict().keys()
         without_effect = (".bias", ".running_mean", ".running_var", ".num_batches_tracked")
-        others = [key for key in others if not key.endswith(without_effect)]
-        if missing or others:
-            raise ValueError(f"it lacks {missing} and has {others} besides")
+        for key in weights.keys() - own:
+            if key.endswith(without_effect):
+                del weights[key]
+        if weights.keys() != own:
+            raise ValueError(f"it lacks, or has besides, {min(weights.keys() ^ own)}")
+        generator.load_state_dict(weights)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        kind = "ResNet generator" if generates else "70 x 70 discriminator"
-        raise UserError(f"{path} holds no {kind} from RGB ({error})") from error
-    network.config = config
-    return network
-
-
-def plain_key(key):
-    """A key of the authors' files as Generator has it."""
-    for sign, kind in ((".filt", "an antialiased"), ("model.model.", "a U-Net")):
-        if sign in key:
-            raise ValueError(f"it is {kind} network's")
-    key = key.replace("_orig_mod.", "").removeprefix("module.")
-    return key.replace("conv_block.6.", "conv_block.5.")  # 6: after a dropout
+        raise UserError(f"{path} holds no ResNet generator from RGB ({error}); expected is a run's "
+                        "checkpoint, or a state_dict with model.1.weight and so on") from error
+    generator.config, generator.settings = config, asdict(config) if config else settings
+    generator.steps, generator.place = saved.get("steps"), saved.get("place") or {}
+    return generator
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
+RESULTS = ".translated"  # marks a folder of results of translate.py, which are nobody's pictures
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
-try:
-    import pillow_heif  # no requirement; where it happens to be installed, HEIC is read
-except ImportError:
-    HEIC = "HEIC is read where the package pillow_heif is installed"
-else:
+with suppress(ImportError):  # no requirement; where this is installed, HEIC is read
+    import pillow_heif
+
     pillow_heif.register_heif_opener()
-    SUFFIXES, FORMATS, HEIC = f"{SUFFIXES} .heic .heif", f"{FORMATS} HEIF", ""
+    SUFFIXES, FORMATS = f"{SUFFIXES} .heic .heif", f"{FORMATS} HEIF"
 
 
 def find_pictures(folder):
-    """Pictures under a folder, sorted; none hidden, none in a run's folder. Raises UserError."""
-    paths = [path for path in find_files(folder) if path.suffix.lower() in SUFFIXES.split()]
-    if not paths:
-        ignored = ignored_files(folder)
-        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES})"
-                        + (f"; ignored: {ignored}" if ignored else ""))
-    return paths
+    """Pictures under a folder, sorted; links are followed. Raises UserError if there are none.
 
-
-def find_files(folder):
-    folder = Path(folder)
+    Left out, with a warning, are other files, folders of results and runs; hidden ones without.
+    """
+    folder, found, ignored, seen = Path(folder), [], Counter(), set()
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    runs = {path.parent for path in folder.rglob("latest.pt")}
-    return sorted(path for path in folder.rglob("*")
-                  if "/." not in f"/{path.relative_to(folder).as_posix()}"
-                  and runs.isdisjoint(path.parents) and (path.is_file() or path.is_symlink()))
+        raise UserError(f"{folder} is not a folder; a folder of pictures is wanted, neither a file "
+                        "nor an archive nor a pattern")
+    for parent, folders, names in os.walk(folder, onerror=cannot_read, followlinks=True):
+        is_results = {"latest.pt", RESULTS} & set(names) and Path(parent) != folder
+        if is_results or os.path.realpath(parent) in seen:  # links may go round in circles
+            ignored["folder of results"] += bool(is_results)
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES.split():
+                found.append(path)
+            else:
+                ignored[path.suffix.lower() or "without a suffix"] += 1
+    counts = ", ".join(f"{count:,} {what}" for what, count in ignored.most_common() if count)
+    if not found:
+        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES}); ignored: {counts}")
+    if counts:
+        warnings.warn(f"ignored in {folder}: {counts}; these are read: {SUFFIXES}", stacklevel=2)
+    return sorted(found)
 
 
-def ignored_files(folder):
-    """What find_pictures leaves out, by suffix, as "1,000 .heic, 2 .txt"; or ""."""
-    counts = {}
-    for path in find_files(folder):
-        suffix = path.suffix.lower()
-        if suffix not in SUFFIXES.split() and path.is_file():
-            counts[suffix] = counts.get(suffix, 0) + 1
-    listed = ", ".join(f"{counts[suffix]:,} {suffix or 'without a suffix'}"
-                       for suffix in sorted(counts, key=counts.get, reverse=True))
-    return f"{listed}; {HEIC}" if HEIC and {".heic", ".heif"} & counts.keys() else listed
+def cannot_read(error):
+    raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
 
 def read_picture(path, side=None, squash=False):
     """A picture of any mode that Pillow opens -> (H, W, 3) uint8; with `side`, at that scale.
 
-    Turned as its EXIF data say, white where transparent, in sRGB, 16-bit greys scaled; resized
+    Turned as its EXIF data say, white where transparent, in sRGB, 16-bit values scaled; resized
     bicubic to scaled_size. Raises UserError naming the file.
     """
+    path = Path(path)
     try:
-        if not os.path.isfile(path):  # a pipe would never end
+        if path.exists() and not path.is_file():  # a pipe would never end
             raise UserError("it is not a file")
         with Image.open(path) as image:
-            if image.format not in FORMATS.split():
-                raise UserError(f"{image.format} is none of {FORMATS}")
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:
-                raise UserError(f"more than Pillow's limit of {limit} pixels")
-            if max(image.size) > 100 * min(image.size):
-                raise UserError("it is more than a hundred times as long as wide")
+            check_picture(image)
+            if side:
+                reduce_jpeg(image, *scaled_size(*image.size, side, squash))
+            deep = ";16" in str(image.tile)  # 16 bits a channel; of RGB Pillow keeps the upper 8
             image = to_rgb(ImageOps.exif_transpose(image))
-            size = scaled_size(*image.size, side, squash) if side else image.size
-            return np.array(image.resize(size, Image.BICUBIC) if side else image)
+            if deep and max(high for _, high in image.getextrema()) <= 16:
+                warnings.warn(f"{path}: its 16-bit values are below a sixteenth of their range, so "
+                              "few levels are left; bring it to 8 bits first", stacklevel=2)
+            if side:
+                image = image.resize(scaled_size(*image.size, side, squash), Image.BICUBIC)
+            return np.array(image)
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file makes the decoders raise anything at all
-        raise UserError(f"cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
+
+
+def check_picture(image):
+    """Raises UserError for a picture, just opened, that is not to be decoded."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if image.format not in FORMATS.split():
+        raise UserError(f"{image.format} is none of {FORMATS}")
+    if limit and image.width * image.height > limit:
+        raise UserError(f"it has {image.width} x {image.height} pixels, more than Pillow's limit "
+                        f"of {limit:,}; reduce it, or cut it into parts, with another program")
+    if max(image.size) > 100 * min(image.size):
+        raise UserError("it is more than a hundred times as long as wide")
+    if image.mode == "F" or image.mode == "I" and image.format != "PPM":
+        raise UserError("it has 32 bits a pixel, or negative values; bring it to 8 bits, with a "
+                        "window of your choice")
+
+
+def reduce_jpeg(image, width, height):
+    """Has a JPEG decoded at 1/8, 1/4 or 1/2, to at least twice the wanted size, which is faster.
+
+    Only where that divides both sides: Pillow rounds up, which would move the edges.
+    """
+    for scale in (8, 4, 2):
+        large = image.width >= 2 * scale * width and image.height >= 2 * scale * height
+        if large and image.width % scale == 0 and image.height % scale == 0:
+            image.draft(None, (image.width // scale, image.height // scale))
+            return
 
 
 def scaled_size(width, height, side, squash=False, at_once=False):
@@ -974,8 +961,9 @@ def scaled_size(width, height, side, squash=False, at_once=False):
 
 def to_rgb(image):
     """A Pillow image of any mode -> RGB, in the colours of sRGB."""
-    if image.mode[0] in "IF":
-        image = eight_bits(image)
+    if image.mode[0] == "I":  # greys of 16 bits
+        grey = np.asarray(image, np.float64) / 65535
+        image = Image.fromarray((grey * 255).round().astype(np.uint8))
     profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -983,20 +971,6 @@ def to_rgb(image):
     if image.mode not in ("RGB", "CMYK", "L"):
         image = image.convert("RGB")
     return (to_srgb(image, profile) if profile else image).convert("RGB")
-
-
-def eight_bits(image):
-    """Greys of 16 bits, or of 32, for which no white is agreed, -> of 8."""
-    grey = np.nan_to_num(np.asarray(image, np.float64))
-    if grey.min() < 0:
-        raise UserError("it has negative values; bring it to 8 bits, with a window of your choice")
-    white = max(65535 if image.mode[0] == "I" else 1, grey.max())
-    levels = (grey / white * 255).round().astype(np.uint8)
-    if 0 < grey.max() < white / 16 and image.mode[0] == "I":
-        warnings.warn("a 16-bit picture uses less than a sixteenth of its range: "
-                      f"{levels.max() + 1} of 256 grey levels are left; bring it to 8 bits first",
-                      stacklevel=2)
-    return Image.fromarray(levels)
 
 
 def to_srgb(image, profile):
@@ -1010,6 +984,20 @@ def to_srgb(image, profile):
         return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError):
         return image
+
+
+def in_threads(function, items, ahead):
+    """Yields (item, future of function(item)) in order, while threads do those that come next."""
+    coming, pool = deque(), ThreadPoolExecutor(4)
+    try:
+        for item in items:
+            coming.append((item, pool.submit(function, item)))
+            if len(coming) > ahead:
+                yield coming.popleft()
+        while coming:
+            yield coming.popleft()
+    finally:  # if nobody wants the others, they are not waited for
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def to_tensor(pictures, device="cpu"):
@@ -1029,27 +1017,22 @@ def to_pictures(images):
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def pad_to_multiple_of_4(pictures):
-    """(N, H, W, 3): H and W padded by reflection to the next multiples of 4 that are at least 8."""
-    below, right = (max(8, n + -n % 4) - n for n in pictures.shape[1:3])
-    return np.pad(pictures, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
-
-
 @torch.no_grad()
-def translate(generator, pictures, precision="fp32"):
+def translate(generator, pictures):
     """(H, W, 3) or (N, H, W, 3) uint8, of any size -> the same shape, through a generator.
 
-    Raises ValueError for other arrays.
+    Sides that are no multiples of 4, at least 8, grow to such by reflection, for as long as it
+    takes. Raises ValueError for other arrays.
     """
     pictures = np.asarray(pictures)
     if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[-1] != 3:
         raise ValueError("pictures must be uint8 arrays (H, W, 3) or (N, H, W, 3), not "
                          f"{pictures.dtype} {pictures.shape}")
-    batch = pictures if pictures.ndim == 4 else pictures[None]
-    height, width = batch.shape[1:3]
-    device = next(generator.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        images = generator(to_tensor(pad_to_multiple_of_4(batch), device))
+    height, width = pictures.shape[-3:-1]
+    batch = pictures.reshape(-1, height, width, 3)
+    below, right = (max(8, side + -side % 4) - side for side in (height, width))
+    batch = np.pad(batch, ((0, 0), (0, below), (0, right), (0, 0)), mode="reflect")
+    images = generator(to_tensor(batch, next(generator.parameters()).device))
     return to_pictures(images)[:, :height, :width].reshape(pictures.shape)
 
 

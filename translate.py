@@ -4,30 +4,30 @@
     python translate.py photo.jpg folder/ --out there/     your pictures, with the newest run
     python translate.py photos/ --checkpoint horse2zebra/latest_net_G.pth     the authors' weights
 
-A network knows things at the size at which it learned them. So it gets each picture at the scale
-of training, and what it makes of it is carried back to the picture's own size.
+A network recognises things only at the scale it was trained on. So it gets each picture at that
+scale, and what it makes of it is carried back to the picture's own size.
 """
 
 import argparse
 import io
 import os
+import shlex
 import sys
+import time
 import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch.nn import functional
 
 import cyclegan
 from cyclegan import UserError
 
 AHEAD = 3  # pictures that are read, and as many that are written, while one is translated
-SOFTWARE = "cyclegan.py"  # marks our results; only these may be overwritten
 RADIUS = 2          # of the windows of carry_back, in pixels of the small picture
 EPSILON = 1e-3      # variance of colours on [0, 1] below which a window counts as flat
 NOISE = 5 / 255     # as strong as this, the rest in carry_back counts half
@@ -41,7 +41,10 @@ def parse():
     add("pictures", nargs="*", type=Path, metavar="PICTURE_OR_FOLDER",
         help="what to translate (default: the pictures that the run was trained on)")
     add("--out", type=Path, metavar="FOLDER",
-        help="folder of the results (default: translated-AtoB or -BtoA in the run's folder)")
+        help="folder of the results (default: in the run's folder, as translated-AtoB-200000, "
+             "after the direction and the steps of training)")
+    add("--overwrite", action="store_true",
+        help="make results anew that exist already (default: they stay as they are)")
     add("--format", default="png", choices=("png", "jpg"), help="of the results (default: png)")
     add("--side-by-side", action="store_true",
         help="put each picture next to its translation (default: the translation alone)")
@@ -54,10 +57,8 @@ def parse():
              "them (default: the newest run in runs/)")
     add("--direction", default="AtoB", choices=("AtoB", "BtoA"),
         help="AtoB: with G, BtoA: with F; a single .pth file has only one (default: AtoB)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-        help="where to compute (default: cuda if there is one, else cpu)")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
-        help="arithmetic of the network (default: bf16 on a CUDA GPU that has it, else fp32)")
+    add("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute "
+        "(default: cuda if there is one, else cpu)")
     return parser.parse_args()
 
 
@@ -65,7 +66,8 @@ def shorter_side(text):
     if text == "full":
         return text
     if not text.isdecimal() or int(text) < 8:
-        raise argparse.ArgumentTypeError(f"must be full or a number of pixels, not {text}")
+        raise argparse.ArgumentTypeError(f"must be full or a number of pixels, at least 8, not "
+                                         f"{text}")
     return int(text)
 
 
@@ -79,100 +81,101 @@ def newest_run():
     return runs[-1].parent
 
 
-def training_pictures(checkpoint, direction):
+def training_pictures(generator, run, direction):
     """The folder whose pictures a run was trained to translate in this direction."""
-    run = run_folder(checkpoint)
-    path = checkpoint if checkpoint.is_file() else checkpoint / "latest.pt"
-    try:
-        folder = run / cyclegan.read_checkpoint(path)["place"]["data"][direction == "BtoA"]
-    except (LookupError, TypeError, UserError):
-        raise UserError(f"{checkpoint} is not from a run; name the pictures to translate") from None
+    if not generator.place.get("data"):
+        raise UserError(f"{run} is not a run; name the pictures to translate")
+    folder = run / generator.place["data"][direction == "BtoA"]
     if not folder.is_dir():
         raise UserError(f"the pictures of {run} are no longer in {folder}; name others")
     return folder
 
 
-def run_folder(checkpoint):
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+def folder_of_results(options, run, steps):
+    """--out, or a name that says what its results are, so that different ones lie side by side."""
+    if options.out and options.out.suffix in cyclegan.SUFFIXES.split():
+        raise UserError(f"--out {options.out}: it takes a folder; results have the pictures' names")
+    home = run if (run / "latest.pt").is_file() else Path()
+    parts = ["translated", options.direction, steps, options.size]
+    if options.side_by_side:
+        parts.append("side-by-side")
+    return options.out or home / "-".join(str(part) for part in parts if part)
+
+
+def make_folder(out):
+    """Makes a folder of results; a new one is marked as such, so that nobody trains on them."""
+    if out.is_dir():
+        return
+    try:
+        out.mkdir(parents=True)
+        (out / cyclegan.RESULTS).touch()
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out}: {error.strerror}; choose another --out"
+                        ) from None
 
 
 def plan(inputs, out, suffix=".png"):
-    """[(source, target)]: folders keep their structure, no two share a target.
-
-    Raises UserError if an input is missing, or if a target is a source, or exists and was not
-    written by this program.
-    """
+    """[(source, target)]: folders keep their structure, no two share a target."""
     pairs = {}  # by the target in lower case, as some file systems do not tell A.png from a.png
-    for given in inputs:
-        if not given.exists():
-            raise UserError(f"there is no file or folder {given}")
-        for source, name in sources(given, within_folder=len(inputs) > 1):
-            target, number = out / name.with_suffix(suffix), 2
-            while str(target).lower() in pairs:  # as of a.jpg and a.png
-                target = out / name.with_name(f"{name.stem}-{number}{suffix}")
-                number += 1
-            pairs[str(target).lower()] = source, target
-    taken = {os.path.realpath(source) for source, _ in pairs.values()}
-    for _, target in pairs.values():
-        if os.path.realpath(target) in taken:
-            raise UserError(f"{target} is itself to be translated; choose another --out")
-        if target.exists() and not is_result(target):
-            raise UserError(f"{target} exists and was not written by translate.py; choose another "
-                            "--out")
+    for source, name in sources(inputs):
+        target, number = out / name.with_suffix(suffix), 2
+        while str(target).lower() in pairs:  # as of a.jpg and a.png
+            target = out / name.with_name(f"{name.stem}-{number}{suffix}")
+            number += 1
+        pairs[str(target).lower()] = source, target
     return list(pairs.values())
 
 
-def sources(given, within_folder):
-    """Yields (picture, its path below --out) for an argument.
+def sources(inputs):
+    """Yields (picture, its path below --out) for all arguments. Raises UserError."""
+    for given in inputs:
+        if not given.exists():
+            raise UserError(f"there is no file or folder {given}")
+        if not given.is_dir():
+            yield given, Path(given.name)
+            continue
+        below = Path(given.resolve().name if len(inputs) > 1 else "")
+        for source in cyclegan.find_pictures(given):
+            yield source, below / source.relative_to(given)
 
-    Results of earlier calls are left out of a folder, unless it holds nothing else.
+
+def to_make(pairs, overwrite):
+    """The pairs whose target is to be made: none that exists, unless told to overwrite.
+
+    Nothing is ever written over a picture that is to be translated itself.
     """
-    if not given.is_dir():
-        yield given, Path(given.name)
-        return
-    found = cyclegan.find_pictures(given)
-    for source in [path for path in found if not is_result(path)] or found:
-        name = source.relative_to(given)
-        yield source, Path(os.path.realpath(given)).name / name if within_folder else name
-
-
-def is_result(path):
-    """Whether a path is the result of an earlier call, which may be replaced."""
-    if not path.is_file():
-        return False
-    try:
-        with open(path, "rb") as file:  # the mark stands before the pixels
-            head = file.read(99)
-        return head.startswith((b"\x89PNG", b"\xff\xd8")) and SOFTWARE.encode() in head
-    except OSError:
-        return False
+    taken = {os.path.realpath(source) for source, _ in pairs}
+    return [(source, target) for source, target in pairs if not os.path.lexists(target)
+            or overwrite and os.path.realpath(target) not in taken]
 
 
 # ---- One picture ---------------------------------------------------------------------------------
 
 
-def translate_photo(generator, picture, size=None, precision="fp32"):
+def translate_photo(generator, picture, size=None):
     """A picture, (H, W, 3) uint8, translated at the scale of training -> the same shape.
 
     generator: from cyclegan.load_generator. size: another shorter side for what it gets, or
     "full": the picture as it is. If that is less than the picture, its result is carried back to
-    the picture's size; if more, resized. Raises ValueError for another array, or for a generator
-    without the .config that says the scale, if no size does.
+    the picture's size; if more, resized. Raises ValueError for another array or size, or for a
+    generator without the .config that says the scale, if no size does.
     """
-    picture = np.ascontiguousarray(picture)
+    picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-        raise ValueError(f"picture must be (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
-    if not hasattr(generator, "config") and size is None:
+        raise ValueError("picture must be (H, W, 3) uint8, as read_picture returns it, not "
+                         f"{picture.shape} {picture.dtype}")
+    if size not in (None, "full") and not (isinstance(size, Integral) and size >= 8):
+        raise ValueError(f'size must be "full" or a number of pixels, at least 8, not {size!r}')
+    if size is None and not hasattr(generator, "config"):
         raise ValueError("load_generator(...) returns generators that know their scale; give this "
                          'one a size, a number of pixels or "full"')
     if size == "full":
-        return cyclegan.translate(generator, picture, precision)
+        return cyclegan.translate(generator, picture)
     config, (height, width) = getattr(generator, "config", None), picture.shape[:2]
     side = size or (config.load_size if config else 256)
     squash = config is not None and config.squash
-    small_size = cyclegan.scaled_size(width, height, side, squash, at_once=True)
-    small = resize(picture, small_size)
-    translated = cyclegan.translate(generator, small, precision)
+    small = resize(picture, cyclegan.scaled_size(width, height, side, squash, at_once=True))
+    translated = cyclegan.translate(generator, small)
     if small.size < picture.size:
         return carry_back(picture, small, translated)
     return resize(translated, (width, height))
@@ -258,67 +261,45 @@ def to_unit(picture):
 # ---- All of them ---------------------------------------------------------------------------------
 
 
-def translate_all(generator, pairs, options, precision):
-    """Translates, while threads read what comes next and write what is done. Returns how many."""
-    writing, done = deque(), 0
-    with ThreadPoolExecutor() as pool:
-        for source, target, reading in read_ahead(pairs, pool):
-            try:
-                picture = reading.result()
-                result = translate_photo(generator, picture, options.size, precision)
-            except UserError as error:
-                skip(error)
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not cyclegan.out_of_memory(error):
-                    raise
-                skip(f"too large for the memory here: {source}; a lower --size takes less")
-                continue
-            if options.side_by_side:
-                titles = ("x", "G(x)") if options.direction == "AtoB" else ("y", "F(y)")
-                result = cyclegan.titled(np.hstack([picture, result]), titles)
-            writing.append(pool.submit(write, target, result))
-            done += print_written(writing, at_most=AHEAD)
-        done += print_written(writing, at_most=0)
-    return done
+def translate_all(generator, pairs, options):
+    """Yields (target, result) of each picture that can be read, while threads read the next."""
+    titles = ("x", "G(x)") if options.direction == "AtoB" else ("y", "F(y)")
+    for (source, target), reading in cyclegan.in_threads(read, pairs, AHEAD):
+        try:
+            picture = reading.result()
+            result = translate_photo(generator, picture, options.size)
+        except UserError as error:
+            skip(error)
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if not cyclegan.out_of_memory(error):
+                raise
+            skip(f"too large for the memory here: {source}; a lower --size takes less")
+            continue
+        if options.side_by_side:
+            result = cyclegan.titled(np.hstack([picture, result]), titles)
+        yield target, result
 
 
-def read_ahead(pairs, pool):
-    """Yields (source, target, future of the picture) while threads read the next ones."""
-    coming = deque()
-    for source, target in pairs:
-        coming.append((source, target, pool.submit(cyclegan.read_picture, source)))
-        if len(coming) > AHEAD:
-            yield coming.popleft()
-    while coming:
-        yield coming.popleft()
+def read(pair):
+    return cyclegan.read_picture(pair[0])
 
 
-def print_written(writing, at_most):
-    """Waits until at_most results are left to be written; prints the others, returns how many."""
-    count = 0
-    while len(writing) > at_most:
-        print(writing.popleft().result(), flush=True)
-        count += 1
-    return count
-
-
-def write(target, picture):
-    """Writes a result in the format of its suffix, marked as ours."""
+def write(target_and_result):
+    """Writes a picture in the format of its target's suffix. Raises UserError."""
+    target, picture = target_and_result
     if target.suffix == ".jpg" and max(picture.shape) > 65500:
         raise UserError(f"{target}: a JPEG has at most 65,500 pixels a side; use --format png")
-    if target.suffix == ".jpg":
-        mark = Image.Exif()
-        mark[0x0131] = SOFTWARE  # the tag Software
-        options = {"format": "JPEG", "quality": 95, "exif": mark}
-    else:
-        mark = PngInfo()
-        mark.add_text("Software", SOFTWARE)
-        options = {"format": "PNG", "pnginfo": mark}
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, **options)
-    cyclegan.write_file(target, [file.getvalue()])
-    return target
+    Image.fromarray(picture).save(file, "JPEG" if target.suffix == ".jpg" else "PNG", quality=95)
+    cyclegan.write_file(target, file.getbuffer())
+
+
+def say(line):
+    try:
+        print(line, flush=True)
+    except OSError:  # whoever read it has gone; that must not end the work
+        sys.stdout = open(os.devnull, "w")
 
 
 def skip(reason):
@@ -327,36 +308,52 @@ def skip(reason):
 
 def run_program(options):
     """Does what the command line says. Returns the exit status."""
-    device, precision = cyclegan.choose_device(options.device, options.precision)
+    device, _ = cyclegan.choose_device(options.device)
     checkpoint = options.checkpoint or newest_run()
     generator = cyclegan.load_generator(checkpoint, options.direction, device)
-    run = run_folder(checkpoint)
-    home = run if (run / "latest.pt").is_file() else Path()
-    out = options.out or home / f"translated-{options.direction}"
-    inputs = options.pictures or [training_pictures(checkpoint, options.direction)]
-    pairs = plan(inputs, out, f".{options.format}")
-    count = f"{len(pairs)} picture{'' if len(pairs) == 1 else 's'}"
-    print(f"{checkpoint} {options.direction} on {device}, {count}", flush=True)
-    for folder in filter(Path.is_dir, inputs):
-        ignored = cyclegan.ignored_files(folder)
-        if ignored:
-            print(f"{folder}: ignored: {ignored}")
-    done = translate_all(generator, pairs, options, precision)
-    print(f"{done} translated into {out}, {len(pairs) - done} skipped")
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    out = folder_of_results(options, run, generator.steps)
+    inputs = options.pictures or [training_pictures(generator, run, options.direction)]
+    planned = plan(inputs, out, f".{options.format}")
+    pairs = to_make(planned, options.overwrite)
+    make_folder(out)
+    trained = f"at step {generator.steps}" if generator.config else "of unknown training"
+    say(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
+    if len(pairs) < len(planned):
+        how = "" if options.overwrite else "; --overwrite makes them anew"
+        say(f"{len(planned) - len(pairs):,} results exist in {out} and stay{how}")
+    if not generator.config and not options.size:
+        say("note: these weights do not say at what scale they were trained; 256 pixels are "
+            "assumed, --size sets another")
+    done, start = 0, time.perf_counter()
+    results = translate_all(generator, pairs, options)
+    for seen, ((target, _), writing) in enumerate(cyclegan.in_threads(write, results, AHEAD), 1):
+        try:
+            writing.result()
+        except UserError as error:
+            skip(error)
+            continue
+        done += 1
+        left = (time.perf_counter() - start) / seen * (len(pairs) - seen)
+        say(f"{done:,} of {len(pairs):,}, {timedelta(seconds=round(left))} left: {target}")
+    say(f"{done:,} translated into {out}, {len(pairs) - done:,} skipped")
     return int(done < len(pairs))
 
 
 def main():
-    if sys.stdout:
+    if hasattr(sys.stdout, "reconfigure"):  # notebooks replace stdout
         sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     warnings.showwarning = lambda warning, *_: print(f"note: {warning}", file=sys.stderr)
     options = parse()
     try:
         return run_program(options)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return f"translate.py: {error}"
+    except OSError as error:
+        return f"translate.py: {error.filename}: {error.strerror}"
     except KeyboardInterrupt:
-        return "translate.py: stopped; the pictures listed above are done"
+        given = shlex.join(sys.argv[1:])
+        return f"translate.py: stopped; to go on: python translate.py {given}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Draws pictures of docs/ from finished runs of the demo, and prints what stands beside them.
+
+    python .ci/figures.py why FULL NO_CYCLE NO_GAN    what each loss is for
+    python .ci/figures.py scale RUN                   ways to translate large scenes; their errors
+    python .ci/figures.py epochs RUN                  samples of a run after epochs 1, 20, 200
+
+NO_CYCLE was trained with --lambda-forward 0 --lambda-backward 0, NO_GAN with --lambda-gan 0.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import cyclegan  # noqa: E402
+import train  # noqa: E402
+import translate  # noqa: E402
+
+SCENES = [train.draw_scene(np.random.default_rng([3, k])) for k in range(24)]
+WAYS = (("apples", "oranges", "AtoB"), ("oranges", "apples", "BtoA"))
+
+
+def framed(pictures):
+    """Pictures of one size in a row, in white frames."""
+    return np.hstack([np.pad(p, ((3, 3), (3, 3), (0, 0)), constant_values=255) for p in pictures])
+
+
+def why(full, no_cycle, no_gan, scene=SCENES[7], factor=2):
+    """x, G(x), F(G(x)) of one scene with each of three runs, pixels enlarged by a factor."""
+    rows = []
+    for title, run in (("the whole method", full), ("without cycle and identity", no_cycle),
+                       ("without the adversarial loss", no_gan)):
+        G, F = (cyclegan.load_generator(run, direction) for *_, direction in WAYS)
+        x = train.paint(scene, "apples", G.config.load_size)
+        fake_y = cyclegan.translate(G, x)
+        shown = (x, fake_y, cyclegan.translate(F, fake_y))
+        row = framed(p.repeat(factor, 0).repeat(factor, 1) for p in shown)
+        rows.append(cyclegan.titled(row, [title]))
+    return cyclegan.titled(np.vstack(rows), train.TITLES[:3])
+
+
+def epochs(run):
+    """Of each picture of samples the titles and two of four rows."""
+    parts = []
+    for epoch in (1, 20, 200):
+        grid = cyclegan.read_picture(Path(run, "samples", f"epoch_{epoch:04}.png"))
+        parts.append(cyclegan.titled(grid[:len(grid) // 2], [f"after epoch {epoch}"]))
+    return np.vstack(parts)
+
+
+def scale(run, side=256, scene=SCENES[7]):
+    """A scene's translations at full size, enlarged, and carried back. Prints the errors."""
+    rows = []
+    for source, target, direction in WAYS:
+        generator = cyclegan.load_generator(run, direction)
+        print_errors(generator, source, target)
+        x, truth = (train.paint(scene, kind, side) for kind in (source, target))
+        small = translate.resize(x, (generator.config.load_size,) * 2)
+        enlarged = translate.resize(cyclegan.translate(generator, small), (side, side))
+        rows.append(framed([x, translate.translate_photo(generator, x, "full"), enlarged,
+                            translate.translate_photo(generator, x), truth]))
+    titles = ("picture", "at full size", "enlarged", "carried back", "truth")
+    return cyclegan.titled(np.vstack(rows), titles)
+
+
+def print_errors(generator, source, target):
+    """In scenes of 64 to 512 pixels: at stem and navel / in the fruit, in % / outside of it."""
+    for size in (None, "full"):
+        line = f"| {source} to {target}{', --size full' if size else ''} |"
+        for side in (64, 128, 256, 512):
+            pictures, truth = (np.stack([train.paint(scene, kind, side) for scene in SCENES])
+                               for kind in (source, target))
+            results = [translate.translate_photo(generator, each, size) for each in pictures]
+            before, after = (np.abs(np.subtract(each, truth, dtype=float))
+                             for each in (pictures, results))
+            fruit = before.any(-1)
+            for part in (np.stack([marked(scene, side) for scene in SCENES]), fruit):
+                line += f" {100 * after[part].mean() / before[part].mean():.0f} /"
+            line += f" {after[~fruit].mean() / 127.5:.3f} |"
+        print(line, flush=True)
+
+
+def marked(scene, side):
+    """Where a fruit has the stem of an apple or the navel of an orange: (side, side) bool."""
+    v, u = np.mgrid[:side, :side] / side + 0.5 / side
+    marks = np.zeros((side, side), bool)
+    for x, y, radius in scene[0]:
+        a, b = (u - x) / radius, (v - y) / radius
+        stem = (np.abs(a - 0.12 * b - 0.08) < 0.07) & (b < -0.62)
+        navel = a**2 + 3 * (b + 0.72) ** 2 < 0.02
+        marks = np.where(np.hypot(a, b) < 1, stem | navel, marks)
+    return marks
+
+
+if __name__ == "__main__":
+    name, *runs = sys.argv[1:]
+    picture = {"why": why, "scale": scale, "epochs": epochs}[name](*runs)
+    (HERE / "docs" / f"{name}.png").write_bytes(cyclegan.png(picture))
