@@ -444,7 +444,7 @@ class LastConvolution(nn.Conv2d):
 
 
 class CapturableBuffer(ImageBuffer):
-    """The same without `if`, for which a CPU would have to wait for the GPU."""
+    """ImageBuffer without branches on data, at which a CPU would have to wait for the GPU."""
 
     def query(self, images, uniforms):
         if len(self.images) == 0:
@@ -486,6 +486,8 @@ def choose_device(device, precision="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda, mps")
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -559,7 +561,7 @@ class FastStep:
         self.world_size = distributed.get_world_size() if together else 1
         if self.world_size > 1:
             for tensor in model.state_dict().values():
-                distributed.broadcast(tensor, 0)  # networks of one's own may start differently
+                distributed.broadcast(tensor, 0)  # own networks may start with other weights
         model.to(self.device, memory_format=memory_format(self.device))
         cuda = self.device.type == "cuda"
         for adam in (model.adam_GF, model.adam_D):
@@ -584,7 +586,7 @@ class FastStep:
         uniforms = random.random((2, self.world_size * len(x), 2), np.float32)  # never rounded to 1
         uniforms = torch.from_numpy(uniforms).chunk(self.world_size, 1)[self.rank]
         if self.device.type == "cuda":
-            lr = torch.full((), lr, device=self.device)  # a graph would bake a number in
+            lr = torch.full((), lr, device=self.device)  # a captured graph would freeze a number
         losses = self.run(x, y, lr, to_device(uniforms, self.device))
         self.steps += 1
         return losses
@@ -672,7 +674,7 @@ class CudaGraph:
         current = torch.cuda.current_stream(self.stream.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local": threads that read pictures may use CUDA meanwhile
+            # a call of another thread would spoil a "global" capture
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.losses = self.function(*self.inputs)
             self.graph = graph
@@ -697,10 +699,12 @@ def write_file(path, data):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
-        with open(part, "xb") as file:  # anew: two programs never write into one file
+        with open(part, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
+                raise OSError("another program is writing it, too")
     except OSError as error:
         with suppress(OSError):
             part.unlink()
@@ -774,7 +778,7 @@ def load_checkpoint(path, device="cpu", precision="auto", eager=False, **network
 
 
 def load_moments(adam, state, steps):
-    """Restores saved moments into a new Adam, whose flags stay."""
+    """Loads saved moments into a new Adam, which keeps its flags (fused, capturable)."""
     if steps > 0 and len(state) != sum(p.requires_grad for p in adam.param_groups[0]["params"]):
         raise ValueError("it lacks moments of Adam")
     adam.load_state_dict({**adam.state_dict(), "state": state})
@@ -847,7 +851,7 @@ def generator_of(saved, name, path):
 SUFFIXES = ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 FORMATS = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TGA TIFF WEBP"  # no EPS: Pillow would execute it
 RESULTS = ".translated"  # marks a folder of results of translate.py, which are nobody's pictures
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_picture refuses
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # phones have 108 MP
 with suppress(ImportError):  # no requirement; where this is installed, HEIC is read
     import pillow_heif
 
@@ -915,17 +919,15 @@ def read_picture(path, side=None, squash=False):
         raise
     except Exception as error:  # a damaged file makes the decoders raise anything at all
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, Image.DecompressionBombError):
+            reason = "it has more pixels than Pillow reads; reduce it, or cut it into parts"
         raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def check_picture(image):
     """Raises UserError for a picture, just opened, that is not to be decoded."""
-    limit = Image.MAX_IMAGE_PIXELS
     if image.format not in FORMATS.split():
-        raise UserError(f"{image.format} is none of {FORMATS}")
-    if limit and image.width * image.height > limit:
-        raise UserError(f"it has {image.width} x {image.height} pixels, more than Pillow's limit "
-                        f"of {limit:,}; reduce it, or cut it into parts, with another program")
+        raise UserError(f"{image.format} is not a supported format ({FORMATS})")
     if max(image.size) > 100 * min(image.size):
         raise UserError("it is more than a hundred times as long as wide")
     if image.mode == "F" or image.mode == "I" and image.format != "PPM":

@@ -134,6 +134,8 @@ def connect(device):
     """Joins torchrun's processes. On CUDA tensors talk through NCCL, all else through gloo."""
     try:
         cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+        if ":" in device:
+            raise ValueError(f"--device {device} is one GPU for all of them")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
@@ -167,7 +169,7 @@ class Pictures:
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
-        self.paths = cyclegan.find_pictures(folder)
+        self.paths = from_rank_0(lambda: cyclegan.find_pictures(folder))
         self.kept = {}          # number -> picture
         self.unreadable = {}    # number -> the error
         self.room = MEMORY / 2  # bytes; the other domain has as many
@@ -437,7 +439,7 @@ def open_run(given, device):
                         "with --dataA and --dataB where they are")
     if RANK == 0 and "history" not in place and (folder / "losses.csv").exists():
         os.replace(folder / "losses.csv", folder / "losses-earlier.csv")  # an older program's
-    run = Run(folder, pictures, fast, **place)
+    run = Run(folder, pictures, fast, **{key: place[key] for key in place.keys() & PROGRESS})
     run.change_habits(given)
     return run
 
@@ -449,6 +451,7 @@ def take_whole_part(path):
         with suppress(UserError):  # half of one, of a killed program
             cyclegan.read_checkpoint(part)
             os.replace(part, path)
+            log(f"note: {path} was saved as {part.name}, which is taken now")
 
 
 def rescheduled(config, epoch, given):
@@ -541,7 +544,8 @@ def animate(folder):
     frames, file = [], io.BytesIO()
     for k in some:
         title = f"after {paths[k].stem.replace('_', ' ')}"
-        frames.append(Image.fromarray(cyclegan.titled(cyclegan.read_picture(paths[k]), [title])))
+        with Image.open(paths[k]) as image:
+            frames.append(Image.fromarray(cyclegan.titled(np.asarray(image), [title])))
         frames[-1].thumbnail((960, 960))
     if frames:
         times = [400] * (len(frames) - 1) + [2000]  # milliseconds
@@ -594,19 +598,24 @@ def train_epoch(run, received):
     """Trains to the end of the epoch under way, unless it is to stop before. -> whether to stop"""
     fast, config, (A, B) = run.fast, run.config, run.pictures
     lr, stopping = learning_rate(config, run.epoch), False
-    for x, y in batches(config, A, B, run.epoch, run.done):
+    reading = batches(config, A, B, run.epoch, run.done)
+    while run.done < run.count:
+        try:
+            x, y = next(reading)
+        except (MemoryError, UserError):  # between two steps, so nothing need be lost
+            run.save()
+            raise
         losses = fast(cyclegan.to_tensor(x, fast.device), cyclegan.to_tensor(y, fast.device), lr)
         run.done += WORLD * config.batch_size
         run.add(losses)
         stopping = in_any_process(received or fast.steps >= run.last_step)
-        if run.done >= run.count:
-            break
-        if fast.steps in EARLY:
-            save_samples(run)
-        if stopping or run.is_late():
-            run.save(last=stopping)
-        if stopping:
-            break
+        if run.done < run.count:
+            if fast.steps in EARLY:
+                save_samples(run)
+            if stopping or run.is_late():
+                run.save(last=stopping)
+            if stopping:
+                break
     log(run.status())
     return stopping
 
@@ -764,8 +773,8 @@ def run_program(given):
         f"in {fast.precision}" + (f", processes: {WORLD}" if WORLD > 1 else ""))
     for name, pictures in zip("AB", run.pictures, strict=True):
         log(f"{name}: {len(pictures):,} pictures in {pictures.folder}")
-    log(f"{config.epochs} epochs at the learning rate {config.lr:g}, then {config.decay_epochs} in "
-        "which it decays")
+    log(f"{config.epochs} epochs at the learning rate {config.lr:g}, then {config.decay_epochs} of "
+        "linear decay")
     if fast.compiles:
         log("the first step compiles the networks, which may take a minute or two")
     received = train(run, given.get("max_steps", math.inf))

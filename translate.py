@@ -95,8 +95,10 @@ def folder_of_results(options, run, steps):
     """--out, or a name that says what its results are, so that different ones lie side by side."""
     if options.out and options.out.suffix in cyclegan.SUFFIXES.split():
         raise UserError(f"--out {options.out}: it takes a folder; results have the pictures' names")
-    home = run if (run / "latest.pt").is_file() else Path()
-    parts = ["translated", options.direction, steps, options.size]
+    home, parts = run, ["translated", options.direction, steps, options.size]
+    if not (run / "latest.pt").is_file():  # as of the authors' files
+        home, path = Path(), options.checkpoint.resolve()
+        parts[1:1] = [path.name] if path.is_dir() else [path.parent.name, path.stem]
     if options.side_by_side:
         parts.append("side-by-side")
     return options.out or home / "-".join(str(part) for part in parts if part)
@@ -144,9 +146,15 @@ def to_make(pairs, overwrite):
 
     Nothing is ever written over a picture that is to be translated itself.
     """
-    taken = {os.path.realpath(source) for source, _ in pairs}
+    taken = {file_of(source) for source, _ in pairs}
     return [(source, target) for source, target in pairs if not os.path.lexists(target)
-            or overwrite and os.path.realpath(target) not in taken]
+            or overwrite and file_of(target) not in taken]
+
+
+def file_of(path):
+    """What two names of one file have in common, whatever links or a file system do to them."""
+    status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 # ---- One picture ---------------------------------------------------------------------------------
@@ -317,7 +325,7 @@ def run_program(options):
     planned = plan(inputs, out, f".{options.format}")
     pairs = to_make(planned, options.overwrite)
     make_folder(out)
-    trained = f"at step {generator.steps}" if generator.config else "of unknown training"
+    trained = f"at step {generator.steps}" if generator.config else "step unknown"
     say(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
     if len(pairs) < len(planned):
         how = "" if options.overwrite else "; --overwrite makes them anew"
@@ -350,7 +358,7 @@ def main():
     except UserError as error:
         return f"translate.py: {error}"
     except OSError as error:
-        return f"translate.py: {error.filename}: {error.strerror}"
+        return f"translate.py: {error.filename or 'files'}: {error.strerror}"
     except KeyboardInterrupt:
         given = shlex.join(sys.argv[1:])
         return f"translate.py: stopped; to go on: python translate.py {given}"

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # programs are forked from this one, so that none has to wait for imports
-from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
@@ -177,53 +176,6 @@ def disks(count=6):
             "samples and numbered checkpoints of that time; training went on")
 
 
-def damaged(count=100):
-    """Checkpoints that are cut short or changed."""
-    path, whole, refused = Path("bad/latest.pt"), contents(PEACE)["latest.pt"], 0
-    good = (PEACE / "latest.pt").read_bytes()
-    path.parent.mkdir()
-    for _ in range(count):
-        at, length = random.randrange(len(good)), random.choice([1, 100, 5000])
-        path.write_bytes(good[:at] + random.choice([b"", bytes(length) + good[at + length:]]))
-        try:
-            cyclegan.load_checkpoint(path)
-            expect(contents(path.parent)["latest.pt"] == whole, f"not seen: {length} zeros at {at}")
-        except cyclegan.UserError:
-            refused += 1
-    return ("a checkpoint cut short or changed", count,
-            f"{refused} refused in one sentence; in the others nothing had changed")
-
-
-def pictures():
-    """Odd pictures, in both programs: handled, or named and skipped."""
-    picture = cyclegan.read_picture(cyclegan.find_pictures(A)[0], side=64)
-    data, picture = cyclegan.png(picture), Image.fromarray(picture)
-    images = {"1 x 1.png": Image.new("RGB", (1, 1)), "50 x 5000.png": Image.new("1", (50, 5000)),
-              "palette.gif": picture.convert("P"), "cmyk.jpg": picture.convert("CMYK"),
-              "16 bits.png": Image.new("I;16", (9, 9), 5000), "alpha.png": picture.convert("RGBA"),
-              "bad 1 x 5000.png": Image.new("RGB", (1, 5000)),
-              "bad 32 bits.tif": Image.new("F", (40, 40)),
-              "bad 200 megapixels.png": Image.new("1", (20000, 10000))}
-    files = {"a png called.jpg": data, "spä ces and 日本.png": data, "line\nbreak.png": data,
-             "bad cut.png": data[:600], "bad text.png": b"hello", "bad empty.png": b"",
-             "bad program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"}
-    os.mkdir("odd")
-    for name, image in images.items():
-        image.save(f"odd/{name}")
-    for name, content in files.items():
-        Path("odd", name).write_bytes(content)
-    trained = Program("--dataA=odd", *RUN, "--decay-epochs=0", "--out=odd-run").end()
-    translated = Program("odd", f"--checkpoint={PEACE}", "--out=made", program="translate").end()
-    expect(trained[0] == 0 and translated[0] == 1, f"pictures: {trained} {translated}")
-    for name in images | files:
-        named = [text.count(f"odd/{name}: ") for text in (trained[1], translated[2])]
-        expect(named == [name.startswith("bad")] * 2, f"{name!r} is named {named} times")
-    made = len(list(Path("made").glob("*.png")))
-    return ("odd pictures (cut short, empty, 1 × 1, 1 × 5000, palette, CMYK, 16 and 32 bits, …)",
-            f"{len(images | files)} in both programs",
-            f"{made} handled, {len(images | files) - made} named once and skipped")
-
-
 def ranks(count=4):
     """One of two processes killed, or asked to stop: the other ends; two continue."""
     for k in range(count):
@@ -265,7 +217,7 @@ if __name__ == "__main__":
     SECONDS = time.perf_counter() - began
     print(f"| on {os.cpu_count()} CPU cores, torch {torch.__version__} | times | lost or changed |")
     print("|---|---|---|", flush=True)
-    for argument in sys.argv[3:] or "stops kills disks damaged pictures ranks memory".split():
+    for argument in sys.argv[3:] or "stops kills disks ranks memory".split():
         name, _, times = argument.partition("=")
         before = len(BROKEN)
         what, often, lost = globals()[name](*[int(times)] if times else [])

@@ -1,10 +1,11 @@
 """Draws pictures of docs/ from finished runs of the demo, and prints what stands beside them.
 
-    python .ci/figures.py why FULL NO_CYCLE NO_GAN    what each loss is for
+    python .ci/figures.py why FULL NO_CYCLE CYCLE     what each half of the method is for
     python .ci/figures.py scale RUN                   ways to translate large scenes; their errors
     python .ci/figures.py epochs RUN                  samples of a run after epochs 1, 20, 200
 
-NO_CYCLE was trained with --lambda-forward 0 --lambda-backward 0, NO_GAN with --lambda-gan 0.
+NO_CYCLE was trained with --lambda-forward 0 --lambda-backward 0, CYCLE, the cycle alone, with
+--lambda-gan 0 --lambda-identity 0.
 """
 
 import sys
@@ -27,11 +28,11 @@ def framed(pictures):
     return np.hstack([np.pad(p, ((3, 3), (3, 3), (0, 0)), constant_values=255) for p in pictures])
 
 
-def why(full, no_cycle, no_gan, scene=SCENES[7], factor=2):
+def why(full, no_cycle, cycle, scene=SCENES[7], factor=2):
     """x, G(x), F(G(x)) of one scene with each of three runs, pixels enlarged by a factor."""
     rows = []
-    for title, run in (("the whole method", full), ("without cycle and identity", no_cycle),
-                       ("without the adversarial loss", no_gan)):
+    for title, run in (("the full method", full), ("without the cycle", no_cycle),
+                       ("the cycle alone", cycle)):
         G, F = (cyclegan.load_generator(run, direction) for *_, direction in WAYS)
         x = train.paint(scene, "apples", G.config.load_size)
         fake_y = cyclegan.translate(G, x)
@@ -86,7 +87,7 @@ def marked(scene, side):
     """Where a fruit has the stem of an apple or the navel of an orange: (side, side) bool."""
     v, u = np.mgrid[:side, :side] / side + 0.5 / side
     marks = np.zeros((side, side), bool)
-    for x, y, radius in scene[0]:
+    for x, y, radius, *_ in scene[0]:
         a, b = (u - x) / radius, (v - y) / radius
         stem = (np.abs(a - 0.12 * b - 0.08) < 0.07) & (b < -0.62)
         navel = a**2 + 3 * (b + 0.72) ** 2 < 0.02
