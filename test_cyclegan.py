@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 import zlib
 from dataclasses import asdict, replace
@@ -1975,6 +1976,29 @@ def test_readme_commands_run_as_printed(user, tmp_path):
             ok(tmp_path, program)
     assert load(tmp_path / "runs" / "apples-oranges")["steps"] == 2
     assert len(list((tmp_path / "translated").rglob("*.png"))) == 4
+
+
+def test_the_cycle_as_l2_changes_what_the_manual_says(tmp_path):
+    manual = TEXTS[HERE / "docs" / "using.md"]
+    [line] = re.findall(r"^return lambda_forward \* mse_loss.*$", manual, re.M)
+    source = (HERE / "cyclegan.py").read_text()
+    changed = source.replace("import binary_cross_entropy_with_logits, l1_loss",
+                             "import binary_cross_entropy_with_logits, l1_loss, mse_loss")
+    old = "return lambda_forward * l1_loss(back_x, x) + lambda_backward * l1_loss(back_y, y)"
+    module = types.ModuleType("changed")
+    sys.modules["changed"] = module  # where a dataclass looks itself up
+    exec(changed.replace(old, line), vars(module))
+    x, y, back_x, back_y = (noise(1, 3, 4, 4, seed=k) for k in range(4))
+    squares = 7 * ((back_x - x) ** 2).mean() + 3 * ((back_y - y) ** 2).mean()
+    assert abs(module.cycle_loss(x, y, back_x, back_y, 7, 3) - squares) < 1e-12
+    fast = module.FastStep(module.CycleGAN(module.Config(**TINY)))
+    plain = FastStep(CycleGAN(Config(**TINY)))
+    one, two = fast(image(0), image(1), 2e-4), plain(image(0), image(1), 2e-4)
+    assert one["cycle"] != two["cycle"] and one["gan"] == two["gan"]
+    module.save_checkpoint(tmp_path / "latest.pt", fast, PLACE)
+    assert cyclegan.load_checkpoint(tmp_path)[0].steps == 1  # goes on, and translates
+    assert torch.equal(cyclegan.load_generator(tmp_path).model[1].weight,
+                       fast.model.G.model[1].weight)
 
 
 def test_readme_names_what_is_there_and_shows_the_code_as_it_is():

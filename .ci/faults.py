@@ -34,6 +34,7 @@ RUN = [f"--dataB={B}", "--image-size=32", "--width=4", "--blocks=1", "--buffer-s
 PEACE = Path("peace")  # a run left in peace
 BROKEN = []            # promises
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 STEP = cyclegan.FastStep, "__call__"
 MOMENTS = (os, "fsync"), (cyclegan, "save_checkpoint"), (cyclegan, "png")
 
@@ -52,6 +53,8 @@ class Program:
         for number, path in enumerate(self.said, 1):
             os.dup2(os.open(path, os.O_WRONLY), number)
         os.environ.update(environment)
+        for number in SIGNALS:  # nohup, or a shell's &, may have some of them ignored
+            signal.signal(number, signal.SIG_DFL)
         sys.argv = arguments
         program = importlib.import_module(arguments[0])
         if hook:
@@ -123,9 +126,8 @@ def stops(count=10):
     """Signals to stop; every third one comes in the last step of an epoch."""
     at = [random.randint(1, 3) * EPOCH if k % 3 == 0 else random.randint(1, 3 * EPOCH)
           for k in range(count)]
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
     for k, step in enumerate(at):
-        number, out = numbers[k % 4], Path(f"stops{k}")
+        number, out = SIGNALS[k % 4], Path(f"stops{k}")
         status, text, err = new(out, (*STEP, step, number)).end()
         how = f"{number.name} at step {step}"
         expect(status == 128 + number and f" after step {step};" in text, f"{how}: {text} {err}")

@@ -2,7 +2,6 @@
 
     python .ci/figures.py why FULL NO_CYCLE CYCLE     what each half of the method is for
     python .ci/figures.py scale RUN                   ways to translate large scenes; their errors
-    python .ci/figures.py epochs RUN                  samples of a run after epochs 1, 20, 200
 
 NO_CYCLE was trained with --lambda-forward 0 --lambda-backward 0, CYCLE, the cycle alone, with
 --lambda-gan 0 --lambda-identity 0.
@@ -40,15 +39,6 @@ def why(full, no_cycle, cycle, scene=SCENES[7], factor=2):
         row = framed(p.repeat(factor, 0).repeat(factor, 1) for p in shown)
         rows.append(cyclegan.titled(row, [title]))
     return cyclegan.titled(np.vstack(rows), train.TITLES[:3])
-
-
-def epochs(run):
-    """Of each picture of samples the titles and two of four rows."""
-    parts = []
-    for epoch in (1, 20, 200):
-        grid = cyclegan.read_picture(Path(run, "samples", f"epoch_{epoch:04}.png"))
-        parts.append(cyclegan.titled(grid[:len(grid) // 2], [f"after epoch {epoch}"]))
-    return np.vstack(parts)
 
 
 def scale(run, side=256, scene=SCENES[7]):
@@ -97,5 +87,5 @@ def marked(scene, side):
 
 if __name__ == "__main__":
     name, *runs = sys.argv[1:]
-    picture = {"why": why, "scale": scale, "epochs": epochs}[name](*runs)
+    picture = {"why": why, "scale": scale}[name](*runs)
     (HERE / "docs" / f"{name}.png").write_bytes(cyclegan.png(picture))
