@@ -767,7 +767,11 @@ def train_in_process(rank, world_size, port, folder):
         for k in range(3):
             images = noise(2, 2, 3, 32, 32, seed=k)  # x and y; of each, one for each process
             x, y = images if world_size == 1 else images[:, rank:rank + 1]
+            step, given = fast.run, []
+            fast.run = lambda *args, step=step, given=given: (given.extend(args), step(*args))[1]
             fast(x, y, 2e-4)
+            fast.run = step
+            assert torch.equal(given[3], uniforms(k, 2).chunk(world_size, 1)[rank])
             weights = torch.cat([p.detach().flatten() for p in fast.model.parameters()])
             np.save(folder / f"{world_size}_{rank}_{size}_{k}.npy", weights.numpy())
 

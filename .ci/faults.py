@@ -162,12 +162,12 @@ def disks(count=6):
     for k in range(count):
         out, for_a_while = Path(f"disks{k}"), k % 2 == 0
         process = new(out)
-        limits = (99, -1) if for_a_while else ((PEACE / "latest.pt").stat().st_size * 4 // 5,)
+        limits = (8192, -1) if for_a_while else ((PEACE / "latest.pt").stat().st_size * 4 // 5,)
         for limit in limits:
             while for_a_while and not (out / "losses.csv").exists():
                 time.sleep(0.1)
             resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (limit, -1))
-            time.sleep(0.3 * SECONDS if limit == 99 else 0)
+            time.sleep(0.3 * SECONDS if limit == 8192 else 0)
         status, text, err = process.end()
         notes = re.findall("note: cannot write .*: (.*); training goes on", text)
         expect(notes and status == len(err.splitlines()) == (not for_a_while), f"disk {k}: {err}")
