@@ -1979,7 +1979,7 @@ def test_readme_commands_run_as_printed(user, tmp_path):
         elif not program.startswith("-m "):  # what installs, and the tests that are running
             ok(tmp_path, program)
     assert load(tmp_path / "runs" / "apples-oranges")["steps"] == 2
-    assert len(list((tmp_path / "translated").rglob("*.png"))) == 4
+    assert len(list((tmp_path / "translated-BtoA").rglob("*.png"))) == 4
 
 
 def test_the_cycle_as_l2_changes_what_the_manual_says(tmp_path):
