@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-# ==== Part I: the method, in plain PyTorch. Only the check of Config is in Part II ================
+# ==== Part I: the method, in plain PyTorch, complete but for the checks of Config =================
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm would cancel a bias before
