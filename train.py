@@ -425,10 +425,7 @@ def open_run(given, device):
     if not {"data", "demo", "epoch", "done"} <= place.keys():  # saved by another program
         raise UserError(f"{folder / 'latest.pt'} has no progress of a run")
     config = fast.model.config = rescheduled(fast.model.config, place["epoch"], given)
-    for k, name in enumerate(("dataA", "dataB")):
-        if name in given:
-            place.update(demo=False)
-            place["data"][k] = os.path.realpath(given[name])
+    move_folders(place, given)
     data = [folder / path for path in place["data"]]
     if place["demo"]:
         pictures = demo_pictures(folder, config)
@@ -441,7 +438,17 @@ def open_run(given, device):
         os.replace(folder / "losses.csv", folder / "losses-earlier.csv")  # an older program's
     run = Run(folder, pictures, fast, **{key: place[key] for key in place.keys() & PROGRESS})
     run.change_habits(given)
+    if given.keys() & {"dataA", "dataB", "epochs", "decay_epochs"}:
+        run.save()  # at once: --resume alone is then enough
     return run
+
+
+def move_folders(place, given):
+    """Replaces the folders of a run by those that are given."""
+    for k, name in enumerate(("dataA", "dataB")):
+        if name in given:
+            place.update(demo=False)
+            place["data"][k] = os.path.realpath(given[name])
 
 
 def take_whole_part(path):
