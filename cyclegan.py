@@ -883,7 +883,8 @@ def find_pictures(folder):
                 ignored[path.suffix.lower() or "without a suffix"] += 1
     counts = ", ".join(f"{count:,} {what}" for what, count in ignored.most_common() if count)
     if not found:
-        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES}); ignored: {counts}")
+        raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES}); ignored: "
+                        f"{counts or 'none'}")
     if counts:
         warnings.warn(f"ignored in {folder}: {counts}; these are read: {SUFFIXES}", stacklevel=2)
     return sorted(found)
