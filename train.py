@@ -360,7 +360,8 @@ def new_run(given, device):
     if not data:
         settings = {**DEMO, "load_size": given.get("image_size", 64)}
     if "start_from" in given:
-        networks, settings = start_from(given)
+        networks, follow_from_them = start_from(given)
+        settings.update(follow_from_them)
     settings.update({f.name: given[f.name] for f in fields(Config) if f.name in given})
     config = Config(**settings)
     pictures = open_pictures(data, config) if data else None
