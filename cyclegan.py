@@ -348,11 +348,6 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import distributed
 from torch.nn.functional import conv2d, pad
 
-__all__ = ["Config", "CycleGAN", "Discriminator", "FastStep", "Generator", "ImageBuffer",
-           "UserError", "adversarial_loss", "cycle_loss", "discriminator_loss", "find_pictures",
-           "identity_loss", "learning_rate", "load_checkpoint", "load_generator", "read_picture",
-           "save_checkpoint", "to_pictures", "to_tensor", "translate"]
-
 # ---- Errors and settings -------------------------------------------------------------------------
 
 
@@ -371,22 +366,22 @@ def out_of_memory(error):
 
 def complete_and_check(config):
     """Replaces None in a new Config. Raises UserError naming the first impossible value."""
+    kinds = {int: (Integral, "a whole number, at least 0"), float: (Real, "a number, at least 0"),
+             bool: (bool, "True or False"), str: (str, "lsgan or log")}
+
     def require(name, possible, rule):
         if not possible:
             raise UserError(f"{name} must be {rule}, not {getattr(config, name)!r}")
 
-    size = config.image_size
-    kinds = {int: (Integral, "a whole number, at least 0"), float: (Real, "a number, at least 0"),
-             bool: (bool, "True or False"), str: (str, "lsgan or log")}
-    require("image_size", isinstance(size, Integral), kinds[int][1])
-    defaults = {"load_size": round(size * 286 / 256), "blocks": 9 if size >= 256 else 6}
-    for f in fields(config):
-        value, (kind, rule) = getattr(config, f.name), kinds[f.type]
-        value = defaults.get(f.name) if value is None else value
-        require(f.name, isinstance(value, kind), rule)
-        object.__setattr__(config, f.name, f.type(value))  # frozen for everyone else
-        require(f.name, kind is str or 0 <= f.type(value) < 1e300, rule)
     c = config
+    for f in fields(c):
+        value, (kind, rule) = getattr(c, f.name), kinds[f.type]
+        if value is None and f.name == "load_size":
+            value = round(c.image_size * 286 / 256)
+        if value is None and f.name == "blocks":
+            value = 9 if c.image_size >= 256 else 6
+        require(f.name, isinstance(value, kind) and (kind is str or 0 <= value < 1e300), rule)
+        object.__setattr__(c, f.name, f.type(value))  # frozen for everyone else
     for name, possible, rule in (
             ("image_size", c.image_size % 4 == 0 and c.image_size >= 24,
              "a multiple of 4, at least 24"),

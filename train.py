@@ -290,10 +290,6 @@ class Run:
         """Pictures of each domain in an epoch."""
         return max(map(len, self.pictures))
 
-    def change_habits(self, given):
-        for name in given.keys() & HABITS:
-            setattr(self, name, given[name])
-
     def start_epoch(self, epoch):
         self.epoch, self.done, self.sums, self.summed = epoch, 0, {}, 0
 
@@ -351,6 +347,10 @@ class Run:
         return line
 
 
+def among(names, given):
+    return {name: given[name] for name in names if name in given}
+
+
 def new_run(given, device):
     """Makes the folder of a new run as the command line asks, with a checkpoint at step 0."""
     data = [os.path.realpath(given[name]) for name in ("dataA", "dataB") if name in given]
@@ -362,15 +362,14 @@ def new_run(given, device):
     if "start_from" in given:
         networks, follow_from_them = start_from(given)
         settings.update(follow_from_them)
-    settings.update({f.name: given[f.name] for f in fields(Config) if f.name in given})
+    settings.update(among([f.name for f in fields(Config)], given))
     config = Config(**settings)
     pictures = open_pictures(data, config) if data else None
     fast = FastStep(CycleGAN(config, **networks), device, given.get("precision", "auto"),
                     "eager" in given)
     folder = from_rank_0(lambda: new_folder(given.get("out"), data))
     run = Run(folder, pictures or demo_pictures(folder, config), fast, data or DEMO_FOLDERS,
-              not data)
-    run.change_habits(given)
+              not data, **among(HABITS, given))
     run.save(last=True)
     if networks:
         log(f"from {given['start_from']}: {', '.join(networks)}; all else begins anew")
@@ -383,13 +382,13 @@ def start_from(given):
     G = cyclegan.load_generator(path, "AtoB").train().requires_grad_()
     if {"width", "blocks"} & given.keys():
         raise UserError(f"--width and --blocks follow from --start-from {path}; leave them out")
+    networks = {"G": G}
     if G.config:
         model = cyclegan.load_checkpoint(path)[0].model
-        return {name: getattr(model, name) for name in ("G", "F", "D_X", "D_Y")}, G.settings
-    if (path / "latest_net_G_B.pth").is_file():
-        F = cyclegan.load_generator(path, "BtoA").train().requires_grad_()
-        return {"G": G, "F": F}, G.settings
-    return {"G": G}, G.settings
+        networks = {name: getattr(model, name) for name in ("G", "F", "D_X", "D_Y")}
+    elif (path / "latest_net_G_B.pth").is_file():
+        networks["F"] = cyclegan.load_generator(path, "BtoA").train().requires_grad_()
+    return networks, G.settings
 
 
 def new_folder(out, data):
@@ -437,8 +436,7 @@ def open_run(given, device):
                         "with --dataA and --dataB where they are")
     if RANK == 0 and "history" not in place and (folder / "losses.csv").exists():
         os.replace(folder / "losses.csv", folder / "losses-earlier.csv")  # an older program's
-    run = Run(folder, pictures, fast, **{key: place[key] for key in place.keys() & PROGRESS})
-    run.change_habits(given)
+    run = Run(folder, pictures, fast, **among(PROGRESS, {**place, **given}))
     if given.keys() & {"dataA", "dataB", "epochs", "decay_epochs"}:
         run.save()  # at once: --resume alone is then enough
     return run
@@ -716,22 +714,17 @@ def pore_strength(pictures, scenes):
     return np.median(found)
 
 
-def demo_pictures(folder, config):
-    """A and B of the demo in a run's folder, where rank 0 draws them."""
-    if RANK == 0:
-        draw_demo(folder, config.load_size)
-    in_any_process(False)  # waits for these pictures
-    return open_pictures([folder / name for name in DEMO_FOLDERS], config)
-
-
-def draw_demo(folder, side, scenes=200):
-    """Draws the pictures that the two folders lack: other scenes as apples than as oranges."""
+def demo_pictures(folder, config, scenes=200):
+    """A and B of the demo. Rank 0 draws what they lack: other scenes as apples than as oranges."""
     for domain, name in enumerate(DEMO_FOLDERS):
         for i in range(scenes):
             path = folder / name / f"{i:03}.png"
-            if not path.exists():
+            if RANK == 0 and not path.exists():
                 scene = draw_scene(np.random.default_rng([domain, i]))
-                cyclegan.write_file(path, cyclegan.png(paint(scene, path.parent.name, side)))
+                picture = paint(scene, path.parent.name, config.load_size)
+                cyclegan.write_file(path, cyclegan.png(picture))
+    in_any_process(False)  # waits for these pictures
+    return open_pictures([folder / name for name in DEMO_FOLDERS], config)
 
 
 def evaluate_demo(run, count=32):

@@ -95,13 +95,13 @@ def folder_of_results(options, run, steps):
     """--out, or a name that says what its results are, so that different ones lie side by side."""
     if options.out and options.out.suffix in cyclegan.SUFFIXES.split():
         raise UserError(f"--out {options.out}: it takes a folder; results have the pictures' names")
-    home, parts = run, ["translated", options.direction, steps, options.size]
-    if not (run / "latest.pt").is_file():  # as of the authors' files
-        home, path = Path(), options.checkpoint.resolve()
-        parts[1:1] = [path.name] if path.is_dir() else [path.parent.name, path.stem]
+    if options.out:
+        return options.out
+    of = options.checkpoint.stem if steps is None else steps  # the authors' files have no steps
+    parts = ["translated", options.direction, of, options.size]
     if options.side_by_side:
         parts.append("side-by-side")
-    return options.out or home / "-".join(str(part) for part in parts if part)
+    return run / "-".join(str(part) for part in parts if part)
 
 
 def make_folder(out):
@@ -303,13 +303,6 @@ def write(target_and_result):
     cyclegan.write_file(target, file.getbuffer())
 
 
-def say(line):
-    try:
-        print(line, flush=True)
-    except OSError:  # whoever read it has gone; that must not end the work
-        sys.stdout = open(os.devnull, "w")
-
-
 def skip(reason):
     print(f"skipped: {reason}", file=sys.stderr, flush=True)
 
@@ -326,13 +319,13 @@ def run_program(options):
     pairs = to_make(planned, options.overwrite)
     make_folder(out)
     trained = f"at step {generator.steps}" if generator.config else "step unknown"
-    say(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
+    print(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
     if len(pairs) < len(planned):
         how = "" if options.overwrite else "; --overwrite makes them anew"
-        say(f"{len(planned) - len(pairs):,} results exist in {out} and stay{how}")
+        print(f"{len(planned) - len(pairs):,} results exist in {out} and stay{how}")
     if not generator.config and not options.size:
-        say("note: these weights do not say at what scale they were trained; 256 pixels are "
-            "assumed, --size sets another")
+        print("note: these weights do not say at what scale they were trained; 256 pixels are "
+              "assumed, --size sets another")
     done, start = 0, time.perf_counter()
     results = translate_all(generator, pairs, options)
     for seen, ((target, _), writing) in enumerate(cyclegan.in_threads(write, results, AHEAD), 1):
@@ -343,14 +336,15 @@ def run_program(options):
             continue
         done += 1
         left = (time.perf_counter() - start) / seen * (len(pairs) - seen)
-        say(f"{done:,} of {len(pairs):,}, {timedelta(seconds=round(left))} left: {target}")
-    say(f"{done:,} translated into {out}, {len(pairs) - done:,} skipped")
+        print(f"{done:,} of {len(pairs):,}, {timedelta(seconds=round(left))} left: {target}")
+    print(f"{done:,} translated into {out}, {len(pairs) - done:,} skipped")
     return int(done < len(pairs))
 
 
 def main():
     if hasattr(sys.stdout, "reconfigure"):  # notebooks replace stdout
-        sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
+        # names may hold what the screen cannot show; others may read along
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     warnings.showwarning = lambda warning, *_: print(f"note: {warning}", file=sys.stderr)
     options = parse()
     try:
