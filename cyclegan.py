@@ -1,9 +1,9 @@
 """CycleGAN, to be read beside its paper: Zhu, Park, Isola, Efros, "Unpaired Image-to-Image
 Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, arXiv 1703.10593v7.
-"Sec.", "Eq." and "Fig." are the paper's. "(authors' code)" marks a choice that is taken from
-pytorch-CycleGAN-and-pix2pix, as the paper is silent or says otherwise.
+"Sec.", "Eq." and "Fig." are the paper's. "(authors' code)" marks what is taken from
+pytorch-CycleGAN-and-pix2pix, where the paper says nothing or something else.
 
-Given are images x of a domain X (say, apples) and images y of a domain Y (oranges), unpaired.
+Given: images x of a domain X (say, apples) and images y of a domain Y (oranges), unpaired.
 G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X to tell x from F(y).
 
       forward cycle (Fig. 3b)                    backward cycle (Fig. 3c)
@@ -15,16 +15,16 @@ G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X 
 An image is named after the domain it should lie in, so G makes all _y and F makes all _x:
 
       image                 should               loss                   weight   who learns from it
-      fake_y = G(x)         pass for a real y    adversarial, Sec. 4      1      G
-      fake_x = F(y)         pass for a real x    adversarial, Sec. 4      1      F
-      back_x = F(fake_y)    recover x            cycle, Eq. 2            10      G and F
-      back_y = G(fake_x)    recover y            cycle, Eq. 2            10      G and F
-      same_x = F(x)         leave x unchanged    identity, Sec. 5.2       5      F
-      same_y = G(y)         leave y unchanged    identity, Sec. 5.2       5      G
+      fake_y = G(x)         look like a real y   adversarial, Sec. 4      1      G
+      fake_x = F(y)         look like a real x   adversarial, Sec. 4      1      F
+      back_x = F(fake_y)    equal x              cycle, Eq. 2            10      G and F
+      back_y = G(fake_x)    equal y              cycle, Eq. 2            10      G and F
+      same_x = F(x)         equal x              identity, Sec. 5.2       5      F
+      same_y = G(y)         equal y              identity, Sec. 5.2       5      G
 
-The identity loss preserves colours; lambda_identity = 0 turns it off. D_Y learns from y and
-buffered fake_y, D_X from x and buffered fake_x. In the authors' code G is G_A, F is G_B, D_X is
-D_B, D_Y is D_A, back_x is rec_A, same_y is idt_A. Images are tensors (N, 3, H, W) in [-1, 1].
+The identity loss preserves colours. It is always on in the authors' code, and in the paper only for
+paintings and flowers; lambda_identity = 0 turns it off. D_Y learns from y and buffered fake_y, D_X
+from x and buffered fake_x. Images are tensors (N, 3, H, W) in [-1, 1].
 """
 
 from dataclasses import dataclass, field
@@ -33,11 +33,11 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-# ==== Part I: the method, in plain PyTorch, complete but for the checks of Config =================
+# ==== Part I: the method, in plain PyTorch. (Part II: checks of settings, speed, files.) ==========
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
-# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm would cancel a bias before
-# it, so convolutions before a norm have none (in the authors' code they have one, without effect).
+# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm has no scale and no shift,
+# and would cancel a bias before it, so convolutions before one have none. (The authors' have.)
 
 
 def c7s1(in_channels, k):
@@ -53,7 +53,7 @@ def d(in_channels, k):
 
 
 class R(nn.Module):
-    """Residual block: two 3x3 convolutions with k filters. No ReLU after the sum."""
+    """Residual block: two 3x3 convolutions, k filters; no ReLU after the sum (authors' code)."""
 
     def __init__(self, k):
         super().__init__()
@@ -67,7 +67,7 @@ class R(nn.Module):
 
 
 def u(in_channels, k):
-    """3x3 transposed convolution with k filters (doubles H and W), InstanceNorm, ReLU."""
+    """3x3 transposed convolution of stride 2 (the paper's 1/2), k filters, InstanceNorm, ReLU."""
     return [nn.ConvTranspose2d(in_channels, k, 3, stride=2, padding=1, output_padding=1,
                                bias=False), nn.InstanceNorm2d(k), nn.ReLU(True)]
 
@@ -79,16 +79,16 @@ def C(in_channels, k, stride=2):
 
 
 def initialise(network, rng=None):
-    """Draws weights from a normal of standard deviation 0.02 (Sec. 7.1); biases are 0."""
+    """Draws weights from a normal distribution of standard deviation 0.02 (Sec. 7.1); biases: 0."""
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         else:
-            nn.init.normal_(parameter, 0.0, 0.02, rng)
+            nn.init.normal_(parameter, 0.0, 0.02, generator=rng)
 
 
 class Generator(nn.Module):
-    """c7s1-64, d128, d256, R256 (blocks of them), u128, u64, c7s1-3 (Sec. 7.2; width is 64).
+    """c7s1-64, d128, d256, R256 x blocks, u128, u64, c7s1-3 (Sec. 7.2; width is 64).
 
     (N, 3, H, W) images -> the same shape; H and W must be multiples of 4 and at least 8. The last
     convolution is followed by tanh only: no norm, no ReLU (authors' code).
@@ -107,9 +107,9 @@ class Generator(nn.Module):
         initialise(self, rng)
 
     def forward(self, images):
-        height, width = images.shape[2:]
-        if height % 4 or width % 4 or height < 8 or width < 8:
-            raise ValueError(f"sides must be multiples of 4, at least 8, not {height} x {width}")
+        H, W = images.shape[2:]
+        if H % 4 or W % 4 or H < 8 or W < 8:
+            raise ValueError(f"H and W must be multiples of 4, at least 8, not {H} x {W}")
         return self.model(images)
 
 
@@ -117,7 +117,7 @@ class Discriminator(nn.Module):
     """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2; width is 64).
 
     (N, 3, H, W) images -> (N, 1, H', W') scores, one per patch of 70 x 70 pixels, high for real.
-    No sigmoid. C64 has no norm. C512 has stride 1 (authors' code); with 2 patches were 94 x 94.
+    No sigmoid. C64 has no norm. C512 has stride 1 (authors' code): 2 would make patches of 94 x 94.
     """
 
     def __init__(self, width=64, rng=None):
@@ -136,7 +136,7 @@ class Discriminator(nn.Module):
 
 
 # ---- Losses (Sec. 3, 4 and 5.2) ------------------------------------------------------------------
-# Every loss is a mean over images, channels and positions (authors' code).
+# Every loss, ||.||_1 too, is a mean over images, channels and positions (authors' code).
 REAL, FAKE = 1.0, 0.0
 
 
@@ -159,18 +159,18 @@ def adversarial_loss(scores, target, objective="lsgan"):
 
 
 def cycle_loss(x, y, back_x, back_y, lambda_forward, lambda_backward):
-    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its weight. -> scalar"""
+    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, two weights (authors' code). -> scalar"""
     return lambda_forward * l1_loss(back_x, x) + lambda_backward * l1_loss(back_y, y)
 
 
 def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
-    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, each with its weight. -> scalar"""
+    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as the cycles of x and y. -> scalar"""
     return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
 
 def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
-    """What D minimises: ((D(real) - 1)^2 + D(fake)^2) / 2, or its "log" equivalent. -> scalar
-    Halved so that D learns more slowly than G (Sec. 7.1); with Adam that has almost no effect."""
+    """What D minimises: ((D(real) - 1)^2 + D(fake)^2) / 2, or its "log" counterpart. -> scalar
+    Halved so that D learns more slowly than G (Sec. 7.1), though Adam cancels constant factors."""
     return 0.5 * (adversarial_loss(real_scores, REAL, objective)
                   + adversarial_loss(fake_scores, FAKE, objective))
 
@@ -186,16 +186,16 @@ class ImageBuffer(nn.Module):
                                         D sees
         filling     [a, -] -> [a, n]    n         while there is room
         swapping    [a, b] -> [a, n]    b         when full, half of the time; a slot at random
-        passing     [a, b] -> [a, b]    n         when full, otherwise; always if size is 0
+        passing     [a, b] -> [a, b]    n         when full, the other half; always if size is 0
     """
 
     def __init__(self, size=50, side=256):
         super().__init__()
         self.register_buffer("images", torch.zeros(size, 3, side, side))
-        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # images stored
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # images stored so far
 
     def query(self, images, uniforms):
-        """(N, 3, side, side) new images -> as many for D to see. uniforms: (N, 2) in [0, 1)."""
+        """(N, 3, side, side) images -> as many for D. uniforms: (N, 2) in [0, 1): slots, coins."""
         size, shown = len(self.images), []
         for image, (slot, coin) in zip(images, uniforms, strict=True):
             if self.count < size:           # filling
@@ -203,7 +203,7 @@ class ImageBuffer(nn.Module):
                 self.count += 1
             elif size > 0 and coin < 0.5:   # swapping
                 k = int(slot * size)
-                image, self.images[k] = self.images[k].clone(), image
+                self.images[k], image = image, self.images[k].clone()
             shown.append(image)
         return torch.stack(shown)
 
@@ -211,13 +211,13 @@ class ImageBuffer(nn.Module):
 # ---- Training (Sec. 3.3, 4 and 7.1): its settings, then the step ---------------------------------
 
 
-def setting(default, text):
-    return field(default=default, metadata={"help": text})
+def setting(default, help):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. Raises UserError (Part II), a ValueError, naming an impossible one."""
+    """All settings. An impossible one raises UserError (Part II), a ValueError, naming it."""
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
     load_size: int = setting(None, "shorter side before the crop; default image_size x 286 / 256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
@@ -226,16 +226,16 @@ class Config:
     lambda_gan: float = setting(1.0, "weight of the adversarial losses of G and F (1 in Eq. 3)")
     lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
     lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
-    lambda_identity: float = setting(0.5, "identity, as a part of the cycle weight: 0.5 x 10 = 5")
+    lambda_identity: float = setting(0.5, "identity, relative to the cycle: 0.5 x 10 = 5")
     buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
     batch_size: int = setting(1, "images of each domain per step (Sec. 4)")
-    lr: float = setting(2e-4, "learning rate of both Adams (Sec. 7.1)")
-    beta1: float = setting(0.5, "first beta of both; the second is 0.999 (authors' code)")
+    lr: float = setting(2e-4, "learning rate of both optimizers (Sec. 7.1)")
+    beta1: float = setting(0.5, "Adam's first beta; the second is 0.999 (authors' code)")
     epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
-    decay_epochs: int = setting(100, "further epochs, of linear decay towards zero (Sec. 7.1)")
+    decay_epochs: int = setting(100, "then epochs of linear decay towards zero (Sec. 7.1)")
     flip: bool = setting(True, "mirror half of the crops; turn off where left and right matter")
-    squash: bool = setting(False, "resize to a square (the authors' default)")
-    seed: int = setting(0, "seed of weights, and in train.py of order, crops, flips, buffers")
+    squash: bool = setting(False, "resize to a square, as the authors' code does by default")
+    seed: int = setting(0, "seeds the weights; in train.py also order, crops, flips, buffers")
 
     def __post_init__(self):
         complete_and_check(self)  # Part II: replaces None by defaults, raises UserError
@@ -243,14 +243,14 @@ class Config:
 
 def learning_rate(config, epoch):
     """Constant, then linear (Sec. 7.1). Epochs count from 0. By default epochs 0 to 99 have 2e-4,
-    epochs 100 to 199 have 2e-4 times 100/101, ..., 1/101 (authors' code, before mid-2020)."""
+    epochs 100 to 199 have 2e-4 times 100/101, ..., 1/101, not 0 (authors' code until mid-2020)."""
     decayed = max(0, epoch + 1 - config.epochs)
     return config.lr * max(0.0, 1.0 - decayed / (config.decay_epochs + 1))
 
 
 def minimise(loss, optimizer, lr):
-    """One step of Adam. `inputs` limits the gradients to this optimizer's parameters: G's loss
-    passes through D_Y, but D_Y does not learn from it."""
+    """One step of Adam. `inputs` limits the gradients to this optimizer's parameters, less frozen
+    ones: G's loss passes through D_Y, but D_Y does not learn from it."""
     group = optimizer.param_groups[0]
     group["lr"] = lr
     optimizer.zero_grad()
@@ -259,7 +259,7 @@ def minimise(loss, optimizer, lr):
 
 
 class CycleGAN(nn.Module):
-    """Everything training changes: four networks, two image buffers, two optimizers.
+    """All that training changes: four networks, two image buffers, two optimizers.
 
         model = CycleGAN(config)
         for epoch in range(config.epochs + config.decay_epochs):
@@ -267,8 +267,8 @@ class CycleGAN(nn.Module):
             for x, y in batches:
                 losses = model.step(x, y, lr, uniforms=torch.rand(2, len(x), 2))
 
-    An epoch has max(|X|, |Y|) images of each domain: the x are shuffled, the y drawn at random with
-    replacement. You may pass your own networks, without BatchNorm, as Part II joins batches.
+    An epoch has max(|X|, |Y|) images of each domain: the x shuffled, repeated if fewer; the y drawn
+    at random with replacement (authors' code). You may pass networks of your own.
     """
 
     def __init__(self, config, G=None, F=None, D_X=None, D_Y=None):
@@ -286,7 +286,7 @@ class CycleGAN(nn.Module):
         self.adam_D = torch.optim.Adam([*self.D_X.parameters(), *self.D_Y.parameters()], **adam)
 
     def six_images(self, x, y):
-        """The six images of the table at the top. Part II computes the same in fewer calls."""
+        """The six images of the table at the top. Part II overrides this and loss_of, for speed."""
         fake_y, fake_x = self.G(x), self.F(y)
         back_x, back_y = self.F(fake_y), self.G(fake_x)
         same_x, same_y = self.F(x), self.G(y)
@@ -298,9 +298,9 @@ class CycleGAN(nn.Module):
     def step(self, x, y, lr, uniforms):
         """Six images, five reported losses, two updates (Eq. 3 and 4, and identity).
 
-        x, y: (N, 3, image_size, image_size), chosen independently. lr: the rate of both Adams.
+        x, y: (N, 3, image_size, image_size), chosen independently. lr: of both optimizers.
         uniforms: (2, N, 2) in [0, 1), for the two buffers; passed in, so a step is reproducible.
-        Returns {name: detached scalar}: gan, cycle, identity (weighted), D_X, D_Y.
+        Returns {name: detached scalar}: gan, cycle, identity (all three weighted), D_X, D_Y.
         """
         c = self.config
         fake_y, fake_x, back_x, back_y, same_x, same_y = self.six_images(x, y)
@@ -316,8 +316,8 @@ class CycleGAN(nn.Module):
             x, y, same_x, same_y, c.lambda_forward, c.lambda_backward)
         minimise(gan + cycle + identity, self.adam_GF, lr)
 
-        # D_X and D_Y are updated after G and F (authors' code), from the fakes made before. These
-        # are detached, so G and F learn nothing here.
+        # D_X and D_Y are updated after G and F (authors' code), from the fakes made before that
+        # update. These are detached, so G and F learn nothing here.
         shown_x = self.buffer_X.query(fake_x.detach(), uniforms[0])
         shown_y = self.buffer_Y.query(fake_y.detach(), uniforms[1])
         loss_D_X = self.loss_of(self.D_X, x, shown_x)
@@ -514,7 +514,8 @@ def in_one_batch(network, *batches):
 class Fused(CycleGAN):
     """The step of a model with three calls of a generator for six, one of a discriminator for two.
 
-    It shares the model's weights, buffers and Adams. `networks` stand in for G, F, D_X and D_Y.
+    It shares the model's weights, buffers and Adams. `networks` stand in for G, F, D_X and D_Y;
+    they must treat each image of a batch alone, so BatchNorm will not do.
     """
 
     def __init__(self, model, networks):
