@@ -1,7 +1,7 @@
 """CycleGAN, to be read beside its paper: Zhu, Park, Isola, Efros, "Unpaired Image-to-Image
 Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, arXiv 1703.10593v7.
-"Sec.", "Eq." and "Fig." are the paper's. "(authors' code)" marks what is taken from
-pytorch-CycleGAN-and-pix2pix, where the paper says nothing or something else.
+"Sec.", "Eq." and "Fig." are the paper's. "(authors' code)": as in pytorch-CycleGAN-and-pix2pix,
+where the paper says nothing or something else. "(ours)": in neither of the two.
 
 Given: images x of a domain X (say, apples) and images y of a domain Y (oranges), unpaired.
 G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X to tell x from F(y).
@@ -12,7 +12,7 @@ G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X 
                 |            |                             |            |
           D_Y: real y?    x again?                   D_X: real x?    y again?
 
-An image is named after the domain it should lie in, so G makes all _y and F makes all _x:
+An image is named after the domain it should lie in, so G makes every _y and F every _x:
 
       image                 should               loss                   weight   who learns from it
       fake_y = G(x)         look like a real y   adversarial, Sec. 4      1      G
@@ -22,9 +22,9 @@ An image is named after the domain it should lie in, so G makes all _y and F mak
       same_x = F(x)         equal x              identity, Sec. 5.2       5      F
       same_y = G(y)         equal y              identity, Sec. 5.2       5      G
 
-The identity loss preserves colours. It is always on in the authors' code, and in the paper only for
-paintings and flowers; lambda_identity = 0 turns it off. D_Y learns from y and buffered fake_y, D_X
-from x and buffered fake_x. Images are tensors (N, 3, H, W) in [-1, 1].
+The identity loss preserves colours. The authors' code has it by default, the paper for paintings
+and flowers. Its weight is lambda_identity x 10 = 0.5 x 10; 0 turns it off. D_Y learns from y and
+buffered fake_y, D_X from x and buffered fake_x. Images are tensors (N, 3, H, W) in [-1, 1].
 """
 
 from dataclasses import dataclass, field
@@ -36,8 +36,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 # ==== Part I: the method, in plain PyTorch. (Part II: checks of settings, speed, files.) ==========
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
-# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm has no scale and no shift,
-# and would cancel a bias before it, so convolutions before one have none. (The authors' have.)
+# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm, not affine (authors' code),
+# subtracts the mean and so cancels a bias: convolutions before it have none (ours).
 
 
 def c7s1(in_channels, k):
@@ -67,7 +67,7 @@ class R(nn.Module):
 
 
 def u(in_channels, k):
-    """3x3 transposed convolution of stride 2 (the paper's 1/2), k filters, InstanceNorm, ReLU."""
+    """3x3 transposed convolution, k filters, doubles H and W (stride 1/2), InstanceNorm, ReLU."""
     return [nn.ConvTranspose2d(in_channels, k, 3, stride=2, padding=1, output_padding=1,
                                bias=False), nn.InstanceNorm2d(k), nn.ReLU(True)]
 
@@ -148,8 +148,8 @@ def adversarial_loss(scores, target, objective="lsgan"):
         "log" (Eq. 1)        -log(p)        -log(1 - p)      where p = sigmoid(scores)
 
     In D_Y's loss y has the target REAL and G(x) has FAKE; in G's loss G(x) has REAL. So with "log"
-    G minimises -log(p) (authors' code) instead of Eq. 1's log(1 - p), whose gradient vanishes once
-    D is confident. Raises ValueError for any other objective.
+    G minimises -log(p) (authors' code), not Eq. 1's log(1 - p), whose gradient vanishes while D
+    rejects all fakes. Raises ValueError for any other objective.
     """
     if objective == "lsgan":
         return (scores - target).square().mean()
@@ -159,18 +159,18 @@ def adversarial_loss(scores, target, objective="lsgan"):
 
 
 def cycle_loss(x, y, back_x, back_y, lambda_forward, lambda_backward):
-    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, two weights (authors' code). -> scalar"""
+    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its own weight. -> scalar"""
     return lambda_forward * l1_loss(back_x, x) + lambda_backward * l1_loss(back_y, y)
 
 
 def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
-    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as the cycles of x and y. -> scalar"""
+    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weights of Eq. 2; step adds lambda_identity."""
     return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
 
 def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
     """What D minimises: ((D(real) - 1)^2 + D(fake)^2) / 2, or its "log" counterpart. -> scalar
-    Halved so that D learns more slowly than G (Sec. 7.1), though Adam cancels constant factors."""
+    Halved so that D learns more slowly than G (Sec. 7.1); Adam's steps hardly depend on it."""
     return 0.5 * (adversarial_loss(real_scores, REAL, objective)
                   + adversarial_loss(fake_scores, FAKE, objective))
 
@@ -192,10 +192,10 @@ class ImageBuffer(nn.Module):
     def __init__(self, size=50, side=256):
         super().__init__()
         self.register_buffer("images", torch.zeros(size, 3, side, side))
-        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # images stored so far
+        self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # stored so far
 
     def query(self, images, uniforms):
-        """(N, 3, side, side) images -> as many for D. uniforms: (N, 2) in [0, 1): slots, coins."""
+        """(N, 3, side, side) images -> as many for D to see. uniforms: a slot, a coin for each."""
         size, shown = len(self.images), []
         for image, (slot, coin) in zip(images, uniforms, strict=True):
             if self.count < size:           # filling
@@ -203,7 +203,7 @@ class ImageBuffer(nn.Module):
                 self.count += 1
             elif size > 0 and coin < 0.5:   # swapping
                 k = int(slot * size)
-                self.images[k], image = image, self.images[k].clone()
+                self.images[k], image = image, self.images[k].clone()  # a copy, not a view
             shown.append(image)
         return torch.stack(shown)
 
@@ -217,9 +217,9 @@ def setting(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. An impossible one raises UserError (Part II), a ValueError, naming it."""
+    """All settings. An impossible value raises UserError (a ValueError, Part II) that names it."""
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
-    load_size: int = setting(None, "shorter side before the crop; default image_size x 286 / 256")
+    load_size: int = setting(None, "shorter side before the crop; default image_size x 286/256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
     width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
     objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
@@ -230,11 +230,11 @@ class Config:
     buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
     batch_size: int = setting(1, "images of each domain per step (Sec. 4)")
     lr: float = setting(2e-4, "learning rate of both optimizers (Sec. 7.1)")
-    beta1: float = setting(0.5, "Adam's first beta; the second is 0.999 (authors' code)")
-    epochs: int = setting(100, "epochs at the full learning rate (Sec. 7.1)")
+    beta1: float = setting(0.5, "Adam's first beta; the second is 0.999 (both: authors' code)")
+    epochs: int = setting(100, "first epochs, at the full learning rate (Sec. 7.1)")
     decay_epochs: int = setting(100, "then epochs of linear decay towards zero (Sec. 7.1)")
     flip: bool = setting(True, "mirror half of the crops; turn off where left and right matter")
-    squash: bool = setting(False, "resize to a square, as the authors' code does by default")
+    squash: bool = setting(False, "resize to a square (authors' code), not in proportion (ours)")
     seed: int = setting(0, "seeds the weights; in train.py also order, crops, flips, buffers")
 
     def __post_init__(self):
@@ -243,14 +243,14 @@ class Config:
 
 def learning_rate(config, epoch):
     """Constant, then linear (Sec. 7.1). Epochs count from 0. By default epochs 0 to 99 have 2e-4,
-    epochs 100 to 199 have 2e-4 times 100/101, ..., 1/101, not 0 (authors' code until mid-2020)."""
+    epoch 100 has 2e-4 x 100/101, epoch 199 has 2e-4 x 1/101 (authors' code until mid-2020)."""
     decayed = max(0, epoch + 1 - config.epochs)
     return config.lr * max(0.0, 1.0 - decayed / (config.decay_epochs + 1))
 
 
 def minimise(loss, optimizer, lr):
-    """One step of Adam. `inputs` limits the gradients to this optimizer's parameters, less frozen
-    ones: G's loss passes through D_Y, but D_Y does not learn from it."""
+    """One step of Adam. G's loss passes through D_Y; `inputs` limits the gradients to those of this
+    optimizer's parameters that are not frozen, so D_Y learns nothing from it."""
     group = optimizer.param_groups[0]
     group["lr"] = lr
     optimizer.zero_grad()
@@ -267,8 +267,8 @@ class CycleGAN(nn.Module):
             for x, y in batches:
                 losses = model.step(x, y, lr, uniforms=torch.rand(2, len(x), 2))
 
-    An epoch has max(|X|, |Y|) images of each domain: the x shuffled, repeated if fewer; the y drawn
-    at random with replacement (authors' code). You may pass networks of your own.
+    An epoch has max(|X|, |Y|) images of each domain: every x, shuffled, again and again if X is the
+    smaller; random y, with replacement (authors' code). You may pass networks of your own.
     """
 
     def __init__(self, config, G=None, F=None, D_X=None, D_Y=None):
@@ -281,7 +281,7 @@ class CycleGAN(nn.Module):
         self.D_Y = D_Y or Discriminator(config.width, rng)         # is it y, or G(x)?
         self.buffer_X = ImageBuffer(config.buffer_size, config.image_size)  # of F(y), for D_X
         self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
-        adam = {"lr": config.lr, "betas": (config.beta1, 0.999)}
+        adam = {"lr": config.lr, "betas": (config.beta1, 0.999)}  # joint: authors' code
         self.adam_GF = torch.optim.Adam([*self.G.parameters(), *self.F.parameters()], **adam)
         self.adam_D = torch.optim.Adam([*self.D_X.parameters(), *self.D_Y.parameters()], **adam)
 
@@ -292,14 +292,14 @@ class CycleGAN(nn.Module):
         same_x, same_y = self.F(x), self.G(y)
         return fake_y, fake_x, back_x, back_y, same_x, same_y
 
-    def loss_of(self, D, real, fake):
+    def loss_of(self, D, real, fake):  # what D minimises
         return discriminator_loss(D(real), D(fake), self.config.objective)
 
     def step(self, x, y, lr, uniforms):
-        """Six images, five reported losses, two updates (Eq. 3 and 4, and identity).
+        """Six images, five reported losses, two updates (Eqs. 3 and 4, and identity).
 
         x, y: (N, 3, image_size, image_size), chosen independently. lr: of both optimizers.
-        uniforms: (2, N, 2) in [0, 1), for the two buffers; passed in, so a step is reproducible.
+        uniforms: torch.rand(2, N, 2), as [buffer, image, slot or coin]; given, to be reproducible.
         Returns {name: detached scalar}: gan, cycle, identity (all three weighted), D_X, D_Y.
         """
         c = self.config
