@@ -380,8 +380,9 @@ def complete_and_check(config):
             value = round(c.image_size * 286 / 256)
         if value is None and f.name == "blocks":
             value = 9 if c.image_size >= 256 else 6
-        require(f.name, isinstance(value, kind) and (kind is str or 0 <= value < 1e300), rule)
+        require(f.name, isinstance(value, kind), rule)
         object.__setattr__(c, f.name, f.type(value))  # frozen for everyone else
+        require(f.name, kind is str or 0 <= f.type(value) < 1e300, rule)
     for name, possible, rule in (
             ("image_size", c.image_size % 4 == 0 and c.image_size >= 24,
              "a multiple of 4, at least 24"),

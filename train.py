@@ -770,8 +770,8 @@ def run_program(given):
                 "starts processes that train together")
     run = open_run(given, device) if "resume" in given else new_run(given, device)
     fast, config = run.fast, run.config
-    log(f"{'run' if fast.steps else 'new run'} {run.folder}, at step {fast.steps}, on {device} "
-        f"in {fast.precision}" + (f", processes: {WORLD}" if WORLD > 1 else ""))
+    log(f"run {run.folder}, at step {fast.steps}, on {device} in {fast.precision}, "
+        f"processes: {WORLD}")
     for name, pictures in zip("AB", run.pictures, strict=True):
         log(f"{name}: {len(pictures):,} pictures in {pictures.folder}")
     log(f"{config.epochs} epochs at the learning rate {config.lr:g}, then {config.decay_epochs} of "

@@ -219,7 +219,7 @@ def carry_back(picture, small, translated, strip=256):
         grid = torch.stack(torch.meshgrid(u, v[here], indexing="xy"), -1)[None]
         enlarged = functional.grid_sample(maps, grid, padding_mode="border", align_corners=False)
         colours = recolour(enlarged, to_unit(picture[here]))[0].permute(1, 2, 0)
-        out[here] = (colours.clamp(0, 1) * 255).round()
+        out[here] = (colours.clamp(0, 1) * 255).round().numpy()
     return out
 
 
