@@ -336,9 +336,10 @@ import os
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -425,9 +426,9 @@ class ReflectionPad(nn.ReflectionPad2d):
 
 
 class LastConvolution(nn.Conv2d):
-    """7x7 convolution with 3 filters, which would leave most of a CPU's vector lanes empty.
+    """7x7 convolution. Its 3 filters would leave most of a CPU's vector lanes empty.
 
-    There, four copies of the filters, each shifted down by one row, make 12 filters of 10x7 with
+    So there four copies of the filters, each shifted down by one row, make 12 filters of 10x7 with
     stride 4: the same sums, four rows at a time, in half the time. H must be a multiple of 4.
     """
 
@@ -512,15 +513,15 @@ def in_one_batch(network, *batches):
     return network(torch.cat(batches)).chunk(len(batches))
 
 
-class Fused(CycleGAN):
-    """The step of a model with three calls of a generator for six, one of a discriminator for two.
+class Fused:
+    """CycleGAN.step of a model, three calls of a generator for six, one of a discriminator for two.
 
     It shares the model's weights, buffers and Adams. `networks` stand in for G, F, D_X and D_Y;
     they must treat each image of a batch alone, so BatchNorm will not do.
     """
+    step = CycleGAN.step
 
     def __init__(self, model, networks):
-        nn.Module.__init__(self)
         self.config = model.config
         self.G, self.F, self.D_X, self.D_Y = networks
         self.buffer_X, self.buffer_Y = model.buffer_X, model.buffer_Y
@@ -543,10 +544,11 @@ class Fused(CycleGAN):
 
 
 class FastStep:
-    """CycleGAN.step on a device, fast. Takes a model that has made no step, and moves it there.
+    """CycleGAN.step on a device, fast. The model, which has made no step, is moved there, and its
+    layers get faster classes.
 
     precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
-    On CUDA, unless `eager`, networks are compiled, and the step is captured as a graph. Several
+    On CUDA, unless `eager`, networks are compiled, and the step becomes a CUDA graph. Several
     processes have each their images and buffers, and average their gradients.
     """
 
@@ -566,14 +568,14 @@ class FastStep:
             if self.world_size > 1:
                 adam.register_step_pre_hook(average_gradients)
 
-        self.compiles = cuda and not eager
         networks = [model.G, model.F, model.D_X, model.D_Y]
+        self.compiles = cuda and not eager and can_compile()
         if self.compiles:
-            networks = compiled(networks)
+            networks = [torch.compile(network, dynamic=False) for network in networks]
         if self.precision == "bf16":
             networks = [in_bfloat16(network) for network in networks]
         self.run = Fused(model, networks).step
-        if self.compiles and self.world_size == 1:
+        if cuda and not eager and self.world_size == 1:
             self.run = CudaGraph(self.run, self.device)
 
     def __call__(self, x, y, lr):
@@ -620,15 +622,15 @@ def in_bfloat16(network):
     return call
 
 
-def compiled(networks):
-    """The networks compiled, or as they are, with a warning, where that fails."""
+def can_compile():
+    """Whether torch.compile works here. If not, a warning says why."""
     try:
         torch.compile(lambda h: h * h + 1)(torch.ones(8, device="cuda"))
     except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
         warn_of_slow_steps("torch.compile fails", error)
-        return networks
+        return False
     torch._dynamo.config.cache_size_limit = 64  # past 8 sizes it would go on uncompiled
-    return [torch.compile(network, dynamic=False) for network in networks]
+    return True
 
 
 def warn_of_slow_steps(what, error):
@@ -692,7 +694,7 @@ def write_file(path, data):
     """
     part = path.with_name(f"{path.name}.part")
     if len(os.fsencode(part.name)) > 255:  # more than file systems take
-        part = path.with_name(f"{hash(path.name):x}.part")
+        part = path.with_name(f"{zlib.crc32(os.fsencode(path.name)):x}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True)
@@ -732,7 +734,7 @@ def read_checkpoint(path):
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile("a wrong checksum")  # at which torch.load does not look
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what the sentences below say
+            warnings.simplefilter("ignore")  # the sentences below say it better
             saved = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a damaged file makes the readers raise anything at all
         if out_of_memory(error):
@@ -753,21 +755,27 @@ def load_checkpoint(path, device="cpu", precision="auto", eager=False, **network
     device, precision, eager: of FastStep. networks: G, F, D_X, D_Y, if they are your own. Raises
     UserError if the file is damaged, is no checkpoint, or holds other networks.
     """
-    choose_device(device, precision)  # whose errors are not the file's
     path = Path(path) / "latest.pt" if Path(path).is_dir() else Path(path)
     saved = read_checkpoint(path)
-    try:
-        state = saved["model"]
+    with blamed_on(path):
         model = CycleGAN(Config(**saved["config"]), **networks)
-        others = state.keys() ^ model.state_dict().keys()
+        others = saved["model"].keys() ^ model.state_dict().keys()
         if others:
             raise ValueError(f"it has other networks: {min(others)}")
-        model.to(state["buffer_X.images"].dtype).load_state_dict(state)
-        fast = FastStep(model, device, precision, eager)
+        model.to(saved["model"]["buffer_X.images"].dtype).load_state_dict(saved["model"])
+    fast = FastStep(model, device, precision, eager)
+    with blamed_on(path):
         fast.steps = int(saved["steps"])
         for adam, moments in zip((model.adam_GF, model.adam_D), saved["adams"], strict=True):
             load_moments(adam, moments, fast.steps)
         return fast, saved["place"]
+
+
+@contextmanager
+def blamed_on(path):
+    """Makes errors UserErrors about a checkpoint, but for want of memory."""
+    try:
+        yield
     except Exception as error:
         if out_of_memory(error):
             raise
@@ -859,7 +867,7 @@ with suppress(ImportError):  # no requirement; where this is installed, HEIC is 
 def find_pictures(folder):
     """Pictures under a folder, sorted; links are followed. Raises UserError if there are none.
 
-    Left out, with a warning, are other files, folders of results and runs; hidden ones without.
+    Other files, runs and folders of results are left out with a warning, hidden files silently.
     """
     folder, found, ignored, seen = Path(folder), [], Counter(), set()
     if not folder.is_dir():
@@ -945,16 +953,15 @@ def reduce_jpeg(image, width, height):
             return
 
 
-def scaled_size(width, height, side, squash=False, at_once=False):
+def scaled_size(width, height, side, squash=False, limited=False):
     """(width, height) in proportion, so that the shorter one is `side`; squashed, both are.
 
-    at_once: smaller if it takes that to have at most max(2^20, 2 side^2) pixels, for a network
-    that gets the picture whole.
+    limited: to max(2^20, 2 side^2) pixels, for a network that gets the whole picture.
     """
     if squash:
         return side, side
     scale, most = side / min(width, height), max(2**20, 2 * side**2)
-    if at_once and width * height * scale**2 > most:
+    if limited and width * height * scale**2 > most:
         scale = (most / (width * height)) ** 0.5
     return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -996,7 +1003,7 @@ def in_threads(function, items, ahead):
                 yield coming.popleft()
         while coming:
             yield coming.popleft()
-    finally:  # if nobody wants the others, they are not waited for
+    finally:  # if nobody wants the others, those not begun are dropped
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -1021,8 +1028,8 @@ def to_pictures(images):
 def translate(generator, pictures):
     """(H, W, 3) or (N, H, W, 3) uint8, of any size -> the same shape, through a generator.
 
-    Sides that are no multiples of 4, at least 8, grow to such by reflection, for as long as it
-    takes. Raises ValueError for other arrays.
+    Padded by reflection to multiples of 4, at least 8, and cut to size again. Raises ValueError for
+    other arrays.
     """
     pictures = np.asarray(pictures)
     if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4) or pictures.shape[-1] != 3:

@@ -35,7 +35,7 @@ DEMO = {"image_size": 64, "load_size": 64, "width": 16, "blocks": 2, "lambda_ide
 DEMO_FOLDERS = ["pictures/apples", "pictures/oranges"]  # in the run's folder
 PORES = 64 / 6               # of an orange, across a picture: 6 pixels apart at 64
 AHEAD = 8                    # batches read in advance
-EARLY = (0, 10, 30, 100)     # steps with samples, besides those after epochs
+EARLY = (10, 30, 100)        # steps with samples, besides 0 and the ends of epochs
 TITLES = ("x", "G(x)", "F(G(x))", "y", "F(y)", "G(F(y))")  # of the samples' columns
 FRAMES = 40                  # of samples.gif, at most
 DIVERGED = ("training diverged; latest.pt is from before that: start again with a lower --lr or "
@@ -114,17 +114,17 @@ def with_hyphens(argument):
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def log(line, passing=False, everyone=False):
-    """Prints a line. On a terminal a passing one is cut to fit, and the next one replaces it."""
+def log(line, transient=False, everyone=False):
+    """Prints a line. On a terminal a transient one is cut to fit, and the next one replaces it."""
     if RANK > 0 and not everyone:
         return
     if TERMINAL:
         width = shutil.get_terminal_size().columns - 1
-        line = "\r\033[K" + (line[:width] if passing else line)
+        line = "\r\033[K" + (line[:width] if transient else line)
     try:
-        print(line, end="" if passing and TERMINAL else "\n", flush=True)
+        print(line, end="" if transient and TERMINAL else "\n", flush=True)
     except OSError:  # whoever read it has gone; that must not end a training
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -144,11 +144,11 @@ def connect(device):
                         "them with torchrun, one for each GPU") from error
 
 
-def in_any_process(flag):
-    """Waits for all processes; returns whether the flag is set in any of them."""
+def in_any_process(condition):
+    """Waits for all processes; returns whether the condition holds in any of them."""
     if WORLD == 1:
-        return bool(flag)
-    largest = torch.tensor(int(bool(flag)))
+        return bool(condition)
+    largest = torch.tensor(int(bool(condition)))
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return bool(largest)
 
@@ -223,8 +223,8 @@ def open_pictures(folders, config):
 def batches(config, A, B, epoch, done):
     """Yields x and y of each step of an epoch after its first `done` pictures.
 
-    They are a function of seed, epoch and `done` alone, so a run resumes to the same pictures, and
-    with any number of processes. Threads read up to AHEAD of them in advance.
+    They are a function of seed, epoch and `done` alone, so a run resumes to the same pictures,
+    however many processes share a batch. Threads read up to AHEAD of them in advance.
     """
     count, size = max(len(A), len(B)), WORLD * config.batch_size
     order = np.random.default_rng([config.seed, 1, epoch]).permutation(count)
@@ -236,9 +236,9 @@ def batches(config, A, B, epoch, done):
 def batch(config, A, B, order, epoch, start):
     """x and y of one step, (batch_size, image_size, image_size, 3) uint8.
 
-    An epoch shows every picture of the larger folder once; those of the smaller come round again,
-    B's drawn at random, so that no pair lasts (authors' code). The last batch is filled up from
-    the first. Each process draws the numbers for all, and takes its share of the pictures.
+    An epoch has as many of each as the larger folder: every picture of A, again and again if A is
+    the smaller, and random ones of B, so that no pair lasts (authors' code). The last batch is
+    filled up from the first. Each process takes its share of what is drawn for all.
     """
     size = WORLD * config.batch_size
     random = np.random.default_rng([config.seed, 2, epoch, start])
@@ -256,7 +256,7 @@ def batch(config, A, B, order, epoch, start):
 HABITS = ("save_every", "save_minutes", "sample_every")
 MAY_CHANGE = {*HABITS, "resume", "device", "precision", "eager", "dataA", "dataB", "epochs",
               "decay_epochs", "max_steps"}  # when a run is resumed
-PROGRESS = (*HABITS, "data", "demo", "epoch", "done", "history", "sums", "summed")  # is saved
+PROGRESS = (*HABITS, "data", "epoch", "done", "history", "sums", "summed")  # is saved
 
 
 @dataclass
@@ -267,7 +267,6 @@ class Run:
     pictures: tuple              # A and B
     fast: FastStep
     data: list                   # folders of A and B; the demo's are in the run's folder
-    demo: bool = False
     epoch: int = 0               # epochs completed
     done: int = 0                # pictures completed of the epoch under way
     save_every: int = 50         # epochs
@@ -277,9 +276,13 @@ class Run:
     sums: dict = field(default_factory=dict)     # of each loss in the epoch under way
     summed: int = 0                              # steps in these sums
     last_step: int = 0
-    start: tuple = None          # time and step at the first status line, for the pace
+    start: tuple = None          # time and step after the first step, for the pace
     shown: float = 0.0           # time of the last one
     saved: float = 0.0           # time of the last checkpoint
+
+    @property
+    def demo(self):
+        return self.data == DEMO_FOLDERS
 
     @property
     def config(self):
@@ -293,7 +296,7 @@ class Run:
     def start_epoch(self, epoch):
         self.epoch, self.done, self.sums, self.summed = epoch, 0, {}, 0
 
-    def is_late(self):
+    def save_is_due(self):
         return time.perf_counter() - self.saved > 60 * self.save_minutes
 
     def save(self, name="latest.pt", last=False):
@@ -305,11 +308,11 @@ class Run:
         self.sums = {name: float(total) for name, total in self.sums.items()}
         try:
             cyclegan.save_checkpoint(self.folder / name, self.fast,
-                                     {name: getattr(self, name) for name in PROGRESS})
-        except UserError as error:
+                                     {key: getattr(self, key) for key in PROGRESS})
+        except (MemoryError, UserError) as error:
             if last:
                 raise
-            log(f"note: {error}; training goes on")
+            log(f"note: {str(error) or 'out of memory for a checkpoint'}; training goes on")
         self.saved = time.perf_counter()
 
     def add(self, losses):
@@ -322,7 +325,7 @@ class Run:
             self.start = now, self.fast.steps
         if now - self.shown > (1 if TERMINAL else 10):
             self.shown = now
-            log(self.status(), passing=True)
+            log(self.status(), transient=True)
 
     def means(self):
         """The means of the losses in the epoch so far. Raises UserError if one is not finite."""
@@ -347,7 +350,7 @@ class Run:
         return line
 
 
-def among(names, given):
+def pick(names, given):
     return {name: given[name] for name in names if name in given}
 
 
@@ -362,14 +365,14 @@ def new_run(given, device):
     if "start_from" in given:
         networks, follow_from_them = start_from(given)
         settings.update(follow_from_them)
-    settings.update(among([f.name for f in fields(Config)], given))
+    settings.update(pick([f.name for f in fields(Config)], given))
     config = Config(**settings)
     pictures = open_pictures(data, config) if data else None
     fast = FastStep(CycleGAN(config, **networks), device, given.get("precision", "auto"),
                     "eager" in given)
     folder = from_rank_0(lambda: new_folder(given.get("out"), data))
     run = Run(folder, pictures or demo_pictures(folder, config), fast, data or DEMO_FOLDERS,
-              not data, **among(HABITS, given))
+              **pick(HABITS, given))
     run.save(last=True)
     if networks:
         log(f"from {given['start_from']}: {', '.join(networks)}; all else begins anew")
@@ -422,12 +425,12 @@ def open_run(given, device):
     from_rank_0(lambda: take_whole_part(folder / "latest.pt"))
     fast, place = cyclegan.load_checkpoint(
         folder / "latest.pt", device, given.get("precision", "auto"), "eager" in given)
-    if not {"data", "demo", "epoch", "done"} <= place.keys():  # saved by another program
+    if not {"data", "epoch", "done"} <= place.keys():  # saved by another program
         raise UserError(f"{folder / 'latest.pt'} has no progress of a run")
     config = fast.model.config = rescheduled(fast.model.config, place["epoch"], given)
     move_folders(place, given)
     data = [folder / path for path in place["data"]]
-    if place["demo"]:
+    if place["data"] == DEMO_FOLDERS:
         pictures = demo_pictures(folder, config)
     elif all(path.is_dir() for path in data):
         pictures = open_pictures(data, config)
@@ -436,8 +439,8 @@ def open_run(given, device):
                         "with --dataA and --dataB where they are")
     if RANK == 0 and "history" not in place and (folder / "losses.csv").exists():
         os.replace(folder / "losses.csv", folder / "losses-earlier.csv")  # an older program's
-    run = Run(folder, pictures, fast, **among(PROGRESS, {**place, **given}))
-    if given.keys() & {"dataA", "dataB", "epochs", "decay_epochs"}:
+    run = Run(folder, pictures, fast, **pick(PROGRESS, {**place, **given}))
+    if given.keys() & {"dataA", "dataB", "epochs", "decay_epochs", *HABITS}:
         run.save()  # at once: --resume alone is then enough
     return run
 
@@ -446,7 +449,6 @@ def move_folders(place, given):
     """Replaces the folders of a run by those that are given."""
     for k, name in enumerate(("dataA", "dataB")):
         if name in given:
-            place.update(demo=False)
             place["data"][k] = os.path.realpath(given[name])
 
 
@@ -527,20 +529,12 @@ def sample_grid(run, rows=4):
     """x, G(x), F(G(x)), y, F(y), G(F(y)) for the centres of fixed pictures. (H, W, 3) uint8"""
     columns, model, (A, B) = [], run.fast.model, run.pictures
     for pictures, there, back in ((A, model.G, model.F), (B, model.F, model.G)):
-        squares = [centre(pictures.whole(k * len(pictures) // rows), run.config.image_size)
-                   for k in range(rows)]
+        squares = [pictures.crop(k * len(pictures) // rows, 0.5, 0.5, 1) for k in range(rows)]
         images = cyclegan.to_tensor(np.stack(squares), run.fast.device)
         fakes = there(images)
         columns += [images, fakes, back(fakes)]
     framed = [torch.nn.functional.pad(images, (2, 2, 2, 2), value=1.0) for images in columns]
     return np.concatenate(cyclegan.to_pictures(torch.cat(framed, 3)))
-
-
-def centre(picture, side):
-    """The square of a side in the middle of a picture."""
-    height, width = picture.shape[:2]
-    top, left = (height - side) // 2, (width - side) // 2
-    return picture[top:top + side, left:left + side]
 
 
 def animate(folder):
@@ -550,9 +544,10 @@ def animate(folder):
     frames, file = [], io.BytesIO()
     for k in some:
         title = f"after {paths[k].stem.replace('_', ' ')}"
-        with Image.open(paths[k]) as image:
-            frames.append(Image.fromarray(cyclegan.titled(np.asarray(image), [title])))
-        frames[-1].thumbnail((960, 960))
+        with suppress(UserError):  # whatever has become of it
+            picture = cyclegan.titled(cyclegan.read_picture(paths[k]), [title])
+            frames.append(Image.fromarray(picture))
+            frames[-1].thumbnail((960, 960))
     if frames:
         times = [400] * (len(frames) - 1) + [2000]  # milliseconds
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
@@ -583,7 +578,7 @@ def train(run, max_steps):
     fast, config, size = run.fast, run.config, WORLD * run.config.batch_size
     if run.done >= run.count:  # as after pictures were removed
         run.start_epoch(run.epoch + 1)
-    later_epochs = config.epochs + config.decay_epochs - run.epoch - 1
+    later_epochs = config.epochs + config.decay_epochs - run.epoch - 1  # after the last one: -1
     steps_left = math.ceil((run.count - run.done) / size)
     steps_left += later_epochs * math.ceil(run.count / size)
     run.last_step = min(max_steps, fast.steps + steps_left)
@@ -618,7 +613,7 @@ def train_epoch(run, received):
         if run.done < run.count:
             if fast.steps in EARLY:
                 save_samples(run)
-            if stopping or run.is_late():
+            if stopping or run.save_is_due():
                 run.save(last=stopping)
             if stopping:
                 break
@@ -634,7 +629,7 @@ def end_epoch(run, last):
     numbered = run.epoch % run.save_every == 0
     if numbered:  # before latest.pt, so that none is ever missing
         run.save(f"epoch_{run.epoch:04}.pt")
-    if numbered or last or run.is_late():
+    if numbered or last or run.save_is_due():
         run.save(last=last)
     show_epoch(run)
 
@@ -803,7 +798,7 @@ def main():
     except UserError as error:
         reason = error
     except OSError as error:
-        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        reason = ": ".join(str(part) for part in (error.filename, error.strerror) if part) or error
     except (MemoryError, RuntimeError) as error:
         if WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             reason = "another process failed; see its message"

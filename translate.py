@@ -15,6 +15,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections import Counter
 from datetime import timedelta
 from numbers import Integral
 from pathlib import Path
@@ -30,7 +31,7 @@ from cyclegan import UserError
 AHEAD = 3  # pictures that are read, and as many that are written, while one is translated
 RADIUS = 2          # of the windows of carry_back, in pixels of the small picture
 EPSILON = 1e-3      # variance of colours on [0, 1] below which a window counts as flat
-NOISE = 5 / 255     # as strong as this, the rest in carry_back counts half
+NOISE = 5 / 255     # a residual of this strength has the weight 1/2 in carry_back
 
 
 def parse():
@@ -59,7 +60,7 @@ def parse():
         help="AtoB: with G, BtoA: with F; a single .pth file has only one (default: AtoB)")
     add("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute "
         "(default: cuda if there is one, else cpu)")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def shorter_side(text):
@@ -117,15 +118,21 @@ def make_folder(out):
 
 
 def plan(inputs, out, suffix=".png"):
-    """[(source, target)]: folders keep their structure, no two share a target."""
-    pairs = {}  # by the target in lower case, as some file systems do not tell A.png from a.png
-    for source, name in sources(inputs):
-        target, number = out / name.with_suffix(suffix), 2
-        while str(target).lower() in pairs:  # as of a.jpg and a.png
-            target = out / name.with_name(f"{name.stem}-{number}{suffix}")
-            number += 1
-        pairs[str(target).lower()] = source, target
-    return list(pairs.values())
+    """[(source, target)]: folders keep their structure, no two share a target. Raises UserError.
+
+    Pictures that would, such as a.jpg and a.png, keep their suffixes: a.jpg.png and a.png.png.
+    """
+    found = list(sources(inputs))
+    stems = Counter(str(name.with_suffix("")).lower() for _, name in found)
+    pairs = []
+    for source, name in found:
+        alone = stems[str(name.with_suffix("")).lower()] == 1
+        pairs.append((source, out / (name.with_suffix(suffix) if alone else f"{name}{suffix}")))
+    # in lower case, as some file systems do not tell A.png from a.png
+    [(target, count)] = Counter(str(target).lower() for _, target in pairs).most_common(1)
+    if count > 1:
+        raise UserError(f"{count} pictures would become {target}; choose an --out for each")
+    return pairs
 
 
 def sources(inputs):
@@ -182,7 +189,7 @@ def translate_photo(generator, picture, size=None):
     config, (height, width) = getattr(generator, "config", None), picture.shape[:2]
     side = size or (config.load_size if config else 256)
     squash = config is not None and config.squash
-    small = resize(picture, cyclegan.scaled_size(width, height, side, squash, at_once=True))
+    small = resize(picture, cyclegan.scaled_size(width, height, side, squash, limited=True))
     translated = cyclegan.translate(generator, small)
     if small.size < picture.size:
         return carry_back(picture, small, translated)
@@ -200,15 +207,15 @@ def carry_back(picture, small, translated, strip=256):
     picture: (H, W, 3); small: as the network saw it; translated: what it made of that; all uint8.
     Around each pixel of `small` the translation is taken for an affine map of its colours, which
     is applied to the picture (a guided filter: He, Sun, Tang, TPAMI 2013, with colour guidance;
-    in small: He, Sun, arXiv 1505.00996). What no such map explains, new texture or the network's
-    noise, is added with the weight s^4 / (s^4 + NOISE^4); s is its strength after a blur.
+    in small: He, Sun, arXiv 1505.00996). The residual, new texture or the network's noise, is added
+    with the weight s^4 / (s^4 + NOISE^4); s is its strength after a blur.
     """
     source, result = to_unit(small), to_unit(translated)
     maps = colour_maps(source, result)
-    rest = result - recolour(maps, source)
-    texture = mean(rest, 1)  # where a checkerboard cancels
+    residual = result - recolour(maps, source)
+    texture = mean(residual, 1)  # where a checkerboard cancels
     strength = mean(texture.square().mean(1, keepdim=True), 1) / NOISE**2
-    maps[:, 9:] += rest * strength**2 / (1 + strength**2)
+    maps[:, 9:] += residual * strength**2 / (1 + strength**2)
 
     height, width = picture.shape[:2]
     out = np.empty_like(picture)
@@ -276,16 +283,11 @@ def translate_all(generator, pairs, options):
         try:
             picture = reading.result()
             result = translate_photo(generator, picture, options.size)
-        except UserError as error:
-            skip(error)
+            if options.side_by_side:
+                result = cyclegan.titled(np.hstack([picture, result]), titles)
+        except Exception as error:
+            skip(error, source)
             continue
-        except (MemoryError, RuntimeError) as error:
-            if not cyclegan.out_of_memory(error):
-                raise
-            skip(f"too large for the memory here: {source}; a lower --size takes less")
-            continue
-        if options.side_by_side:
-            result = cyclegan.titled(np.hstack([picture, result]), titles)
         yield target, result
 
 
@@ -303,8 +305,22 @@ def write(target_and_result):
     cyclegan.write_file(target, file.getbuffer())
 
 
-def skip(reason):
-    print(f"skipped: {reason}", file=sys.stderr, flush=True)
+def say(line):
+    try:
+        print(line, flush=True)
+    except OSError:  # whoever read it has gone; that must not end the work
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def skip(error, path):
+    """Says why one picture of many is skipped. Raises an error that is about more than that."""
+    if cyclegan.out_of_memory(error):
+        error = f"too large for the memory here: {path}; a lower --size takes less"
+    elif isinstance(error, OSError):
+        error = f"cannot write {path}: {error}"
+    elif not isinstance(error, UserError):
+        raise error
+    print(f"skipped: {error}", file=sys.stderr, flush=True)
 
 
 def run_program(options):
@@ -319,43 +335,40 @@ def run_program(options):
     pairs = to_make(planned, options.overwrite)
     make_folder(out)
     trained = f"at step {generator.steps}" if generator.config else "step unknown"
-    print(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
+    say(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
     if len(pairs) < len(planned):
         how = "" if options.overwrite else "; --overwrite makes them anew"
-        print(f"{len(planned) - len(pairs):,} results exist in {out} and stay{how}")
+        say(f"{len(planned) - len(pairs):,} results exist in {out} and stay{how}")
     if not generator.config and not options.size:
-        print("note: these weights do not say at what scale they were trained; 256 pixels are "
-              "assumed, --size sets another")
+        say("note: these weights do not say at what scale they were trained; 256 pixels are "
+            "assumed, --size sets another")
     done, start = 0, time.perf_counter()
     results = translate_all(generator, pairs, options)
     for seen, ((target, _), writing) in enumerate(cyclegan.in_threads(write, results, AHEAD), 1):
         try:
             writing.result()
-        except UserError as error:
-            skip(error)
+        except Exception as error:
+            skip(error, target)
             continue
         done += 1
         left = (time.perf_counter() - start) / seen * (len(pairs) - seen)
-        print(f"{done:,} of {len(pairs):,}, {timedelta(seconds=round(left))} left: {target}")
-    print(f"{done:,} translated into {out}, {len(pairs) - done:,} skipped")
+        say(f"{done:,} of {len(pairs):,}, {timedelta(seconds=round(left))} left: {target}")
+    say(f"{done:,} translated into {out}, {len(pairs) - done:,} skipped")
     return int(done < len(pairs))
 
 
 def main():
     if hasattr(sys.stdout, "reconfigure"):  # notebooks replace stdout
-        # names may hold what the screen cannot show; others may read along
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+        sys.stdout.reconfigure(errors="replace")  # names may hold what the screen cannot show
     warnings.showwarning = lambda warning, *_: print(f"note: {warning}", file=sys.stderr)
     options = parse()
     try:
         return run_program(options)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return f"translate.py: {error}"
-    except OSError as error:
-        return f"translate.py: {error.filename or 'files'}: {error.strerror}"
     except KeyboardInterrupt:
-        given = shlex.join(sys.argv[1:])
-        return f"translate.py: stopped; to go on: python translate.py {given}"
+        then = "begin again" if options.overwrite else "go on"
+        return f"translate.py: stopped; to {then}: python translate.py {shlex.join(sys.argv[1:])}"
 
 
 if __name__ == "__main__":
