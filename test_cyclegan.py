@@ -1872,7 +1872,7 @@ MISTAKES = {  # a command line -> what its one sentence says
     f"{PHOTOS} --out file.zip/x": "cannot make the folder file.zip/x: .*choose another --out",
     f"{PHOTOS} --out orange.png": "--out orange.png: it takes a folder",
     f"{PHOTOS} photos/more/b.png photos/more/b.png":
-        "2 pictures would become trained/translated-AtoB-12/b.png; choose an --out for each",
+        "b.png and another would both become trained/translated-AtoB-12/b.png.png; choose two",
     f"{PHOTOS} --size some": "must be full or a number of pixels, at least 8, not some"}
 if not torch.cuda.is_available():
     MISTAKES[f"{NEW} --device cuda:1"] = "device cuda:1 cannot be used here .*try cpu"

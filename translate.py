@@ -129,9 +129,10 @@ def plan(inputs, out, suffix=".png"):
         alone = stems[str(name.with_suffix("")).lower()] == 1
         pairs.append((source, out / (name.with_suffix(suffix) if alone else f"{name}{suffix}")))
     # in lower case, as some file systems do not tell A.png from a.png
-    [(target, count)] = Counter(str(target).lower() for _, target in pairs).most_common(1)
-    if count > 1:
-        raise UserError(f"{count} pictures would become {target}; choose an --out for each")
+    counts = Counter(str(target).lower() for _, target in pairs)
+    for source, target in pairs:
+        if counts[str(target).lower()] > 1:
+            raise UserError(f"{source} and another would both become {target}; choose two --out")
     return pairs
 
 
