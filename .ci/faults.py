@@ -7,7 +7,6 @@ Prints the table of docs/faults.md; the exit status says whether all was as prom
 are compared by their tensors and their place, all other files byte for byte.
 """
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -40,26 +39,25 @@ MOMENTS = (os, "fsync"), (cyclegan, "save_checkpoint"), (cyclegan, "png")
 
 
 class Program:
-    """A program in a process of its own. hook: owner and name of a function, n, and the signal
+    """train.py in a process of its own. hook: owner and name of a function, n, and the signal
     that the process gets when that function has ended for the nth time."""
 
-    def __init__(self, *arguments, hook=None, program="train", **environment):
+    def __init__(self, *arguments, hook=None):
         self.said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]  # output and errors
         self.process = multiprocessing.get_context("fork").Process(
-            target=self.run, args=([program, *map(str, arguments)], hook, environment))
+            target=self.run, args=(["train.py", *map(str, arguments)], hook))
         self.process.start()
 
-    def run(self, arguments, hook, environment):
+    def run(self, arguments, hook):
         for number, path in enumerate(self.said, 1):
             os.dup2(os.open(path, os.O_WRONLY), number)
-        os.environ.update(environment)
         for number in SIGNALS:  # nohup, or a shell's &, may have some of them ignored
             signal.signal(number, signal.SIG_DFL)
         sys.argv = arguments
-        program = importlib.import_module(arguments[0])
+        import train  # which looks whether it has a terminal
         if hook:
             insert(*hook)
-        sys.exit(program.main())
+        sys.exit(train.main())
 
     def end(self):
         """-> (exit status, output, errors)"""
@@ -82,8 +80,8 @@ def insert(owner, name, nth, number):
     setattr(owner, name, hooked)
 
 
-def new(out, hook=None, **environment):
-    return Program(f"--dataA={A}", *RUN, f"--out={out}", hook=hook, **environment)
+def new(out, hook=None):
+    return Program(f"--dataA={A}", *RUN, f"--out={out}", hook=hook)
 
 
 def expect(true, what):
@@ -178,23 +176,6 @@ def disks(count=6):
             "samples and numbered checkpoints of that time; training went on")
 
 
-def ranks(count=4):
-    """One of two processes killed, or asked to stop: the other ends; two continue."""
-    for k in range(count):
-        out, number, rank, step = f"ranks{k}", (9, 15)[k % 2], k // 2 % 2, random.randint(9, EPOCH)
-        both = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(random.randint(20000, 30000))}
-        started = [new(out, (*STEP, step, number) if own == rank else None, **both, RANK=str(own),
-                       LOCAL_RANK=str(own)) for own in (0, 1)]
-        said = [process.end()[1:] for process in started]
-        expect("another process failed" in said[1 - rank][1] if number == 9 else
-               f"stopped after step {step};" in said[0][0], f"signal {number} to {rank}: {said}")
-        started = [Program(f"--resume={out}", **both, RANK=own, LOCAL_RANK=own) for own in "01"]
-        expect([process.end()[0] for process in started] == [0, 0], f"{out} is not resumed")
-    return ("one of two processes killed, or sent SIGTERM", count,
-            "the other ended, too; two resumed to the end")
-
-
 def memory(steps=36_000):
     """Memory and open files over many small steps, an hour's at ten a second."""
     process = Program(f"--dataA={A}", *RUN, f"--epochs={steps // EPOCH}", "--out=long").process
@@ -219,7 +200,7 @@ if __name__ == "__main__":
     SECONDS = time.perf_counter() - began
     print(f"| on {os.cpu_count()} CPU cores, torch {torch.__version__} | times | lost or changed |")
     print("|---|---|---|", flush=True)
-    for argument in sys.argv[3:] or "stops kills disks ranks memory".split():
+    for argument in sys.argv[3:] or "stops kills disks memory".split():
         name, _, times = argument.partition("=")
         before = len(BROKEN)
         what, often, lost = globals()[name](*[int(times)] if times else [])
