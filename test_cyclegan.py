@@ -958,6 +958,9 @@ def test_damaged_checkpoints_are_refused_and_run_no_code(tmp_path, monkeypatch):
     monkeypatch.setattr(cyclegan, "with_fast_layers", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # which is not the file's fault
         cyclegan.load_checkpoint("whole")
+    monkeypatch.setattr(cyclegan, "CycleGAN", lambda _: torch.empty(10**15))
+    with pytest.raises(RuntimeError, match="allocate memory"):  # nor is this
+        cyclegan.load_checkpoint("whole")
 
 
 @pytest.mark.parametrize("keys, value", [
@@ -1996,7 +1999,8 @@ def test_readme_commands_run_as_printed(user, tmp_path):
             subprocess.run(f"{Path(sys.executable).parent}/{program} --device cpu", shell=True,
                            cwd=tmp_path, check=True)
         elif not program.startswith("-m "):  # what installs, and the tests that are running
-            ok(tmp_path, program)
+            out = ok(tmp_path, program)
+            assert ("oranges to apples, 32 held-out scenes" in out) == (line == "python train.py")
     assert load(tmp_path / "runs" / "apples-oranges")["steps"] == 2
     assert len(list((tmp_path / "translated-BtoA").rglob("*.png"))) == 4
 
