@@ -22,9 +22,9 @@ An image is named after the domain it should lie in, so G makes every _y and F e
       same_x = F(x)         equal x              identity, Sec. 5.2       5      F
       same_y = G(y)         equal y              identity, Sec. 5.2       5      G
 
-The identity loss preserves colours. The authors' code has it by default, the paper for paintings
-and flowers. Its weight is lambda_identity x 10 = 0.5 x 10; 0 turns it off. D_Y learns from y and
-buffered fake_y, D_X from x and buffered fake_x. Images are tensors (N, 3, H, W) in [-1, 1].
+The identity loss preserves colours. The authors' code uses it by default, the paper only with
+paintings and flowers. Its weight is lambda_identity x 10 = 0.5 x 10; 0 turns it off. D_Y learns
+from y and buffered fake_y, D_X from x and buffered fake_x. Images: (N, 3, H, W), in [-1, 1].
 """
 
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ def C(in_channels, k, stride=2):
 
 
 def initialise(network, rng=None):
-    """Draws weights from a normal distribution of standard deviation 0.02 (Sec. 7.1); biases: 0."""
+    """Draws weights from N(0, 0.02), 0.02 the deviation (Sec. 7.1); biases: 0 (authors' code)."""
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -159,12 +159,12 @@ def adversarial_loss(scores, target, objective="lsgan"):
 
 
 def cycle_loss(x, y, back_x, back_y, lambda_forward, lambda_backward):
-    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its own weight. -> scalar"""
+    """Eq. 2: ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1, each with its weight (authors' code)."""
     return lambda_forward * l1_loss(back_x, x) + lambda_backward * l1_loss(back_y, y)
 
 
 def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
-    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weights of Eq. 2; step adds lambda_identity."""
+    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as Eq. 2, x lambda_identity in step."""
     return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
 
@@ -179,7 +179,7 @@ def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
 
 
 class ImageBuffer(nn.Module):
-    """Once full, shows D a previously generated image half of the time: damps oscillation (Sec. 4).
+    """Shows D earlier generated images as well, which damps oscillation (Sec. 4).
 
     What a query with a new image n does to a buffer of size 2 (authors' code):
 
@@ -195,7 +195,7 @@ class ImageBuffer(nn.Module):
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # stored so far
 
     def query(self, images, uniforms):
-        """(N, 3, side, side) images -> as many for D to see. uniforms: a slot, a coin for each."""
+        """(N, 3, side, side) images -> as many for D to see. uniforms: (slot, coin), in [0, 1)."""
         size, shown = len(self.images), []
         for image, (slot, coin) in zip(images, uniforms, strict=True):
             if self.count < size:           # filling
@@ -217,7 +217,7 @@ def setting(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. An impossible value raises UserError (a ValueError, Part II) that names it."""
+    """All settings; those without a section are as in the authors' code. Raises UserError."""
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
     load_size: int = setting(None, "shorter side before the crop; default image_size x 286/256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
@@ -234,11 +234,11 @@ class Config:
     epochs: int = setting(100, "first epochs, at the full learning rate (Sec. 7.1)")
     decay_epochs: int = setting(100, "then epochs of linear decay towards zero (Sec. 7.1)")
     flip: bool = setting(True, "mirror half of the crops; turn off where left and right matter")
-    squash: bool = setting(False, "resize to a square (authors' code), not in proportion (ours)")
+    squash: bool = setting(False, "resize to a square (authors' code), else in proportion (ours)")
     seed: int = setting(0, "seeds the weights; in train.py also order, crops, flips, buffers")
 
     def __post_init__(self):
-        complete_and_check(self)  # Part II: replaces None by defaults, raises UserError
+        complete_and_check(self)  # Part II: replaces None with defaults, raises UserError
 
 
 def learning_rate(config, epoch):
@@ -249,8 +249,8 @@ def learning_rate(config, epoch):
 
 
 def minimise(loss, optimizer, lr):
-    """One step of Adam. G's loss passes through D_Y; `inputs` limits the gradients to those of this
-    optimizer's parameters that are not frozen, so D_Y learns nothing from it."""
+    """One step of Adam. G's loss passes through D_Y, but `inputs` gives gradients only to this
+    optimizer's parameters, unless frozen, so D_Y learns nothing from it."""
     group = optimizer.param_groups[0]
     group["lr"] = lr
     optimizer.zero_grad()
@@ -267,8 +267,8 @@ class CycleGAN(nn.Module):
             for x, y in batches:
                 losses = model.step(x, y, lr, uniforms=torch.rand(2, len(x), 2))
 
-    An epoch has max(|X|, |Y|) images of each domain: every x, shuffled, again and again if X is the
-    smaller; random y, with replacement (authors' code). You may pass networks of your own.
+    An epoch has max(|X|, |Y|) images of each domain: every x, shuffled, repeated if X is smaller;
+    random y, with replacement (authors' code). You may pass networks of your own.
     """
 
     def __init__(self, config, G=None, F=None, D_X=None, D_Y=None):
@@ -306,7 +306,7 @@ class CycleGAN(nn.Module):
         fake_y, fake_x, back_x, back_y, same_x, same_y = self.six_images(x, y)
 
         # G and F minimise, with the default weights
-        #     (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2    Eq. 1, Sec. 4    weight 1
+        #     (D_Y(G(x)) - 1)^2 + (D_X(F(y)) - 1)^2    Sec. 4           weight 1
         #     ||F(G(x)) - x||_1 + ||G(F(y)) - y||_1    Eq. 2            weight 10
         #     ||F(x) - x||_1    + ||G(y) - y||_1       Sec. 5.2         weight 5
         gan = c.lambda_gan * (adversarial_loss(self.D_Y(fake_y), REAL, c.objective)
