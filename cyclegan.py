@@ -887,6 +887,8 @@ def find_pictures(folder):
             else:
                 ignored[path.suffix.lower() or "without a suffix"] += 1
     counts = ", ".join(f"{count:,} {what}" for what, count in ignored.most_common() if count)
+    if ".heic" in ignored:
+        counts += " (HEIC is read after: pip install pillow-heif)"
     if not found:
         raise UserError(f"the folder {folder} holds no pictures ({SUFFIXES}); ignored: "
                         f"{counts or 'none'}")

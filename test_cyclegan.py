@@ -1085,7 +1085,7 @@ def test_pictures_are_found_through_links_and_what_is_ignored_is_counted(tmp_pat
     folder = tmp_path / "in"
     for name in ("../elsewhere/b.JPEG", "a.png", "x.txt", "more/y.TXT", "z", ".hidden.png",
                  ".git/c.png", "run/latest.pt", "run/samples/d.png", "out/.translated", "out/e.png",
-                 "out/more/f.png", *(f"more/{k}.cr2" for k in range(1000))):
+                 "out/more/f.png", "g.HEIC", *(f"more/{k}.cr2" for k in range(1000))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / "link").symlink_to(tmp_path / "elsewhere")
@@ -1095,6 +1095,8 @@ def test_pictures_are_found_through_links_and_what_is_ignored_is_counted(tmp_pat
     [said] = {str(warning.message) for warning in told}
     assert f"{folder}: 1,000 .cr2, 2 " in said and "2 .txt" in said and "1 without a suffix" in said
     assert "2 folder of results" in said and "hidden" not in said
+    if not any("heic" in name for name in cyclegan.SUFFIXES.split()):
+        assert "1 .heic" in said and "(HEIC is read after: pip install pillow-heif)" in said
     # A folder of results itself is what was asked for.
     assert [path.name for path in cyclegan.find_pictures(folder / "out")] == ["e.png", "f.png"]
 
