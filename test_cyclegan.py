@@ -1866,6 +1866,7 @@ MISTAKES = {  # a command line -> what its one sentence says
     "train.py --resume trained/epoch_0002.pt": "to go back to an earlier .*copy it over latest.pt",
     "train.py --resume cut": "cut/latest.pt",
     f"{RESUME} --lr 1e-4": "leave out --lr, or begin .*--start-from trained",
+    f"{RESUME} --dataA oranges --dataB apples": "are swapped: A was apples, B was oranges",
     f"{RESUME} --no-flip --start-from trained": "leave out --flip, --start-from, or",
     f"{NEW} --lr 1e30 --epochs 9 --out exploded": r"is nan by step \d.*lower --lr",
     f"{NEW} --lr 1e39 --max-steps 1 --out overflowed": "a weight is not finite after step 1",

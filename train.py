@@ -447,9 +447,12 @@ def open_run(given, device):
 
 def move_folders(place, given):
     """Replaces the folders of a run by those that are given."""
+    before = [os.path.basename(path) for path in place["data"]]
     for k, name in enumerate(("dataA", "dataB")):
         if name in given:
             place["data"][k] = os.path.realpath(given[name])
+    if [os.path.basename(path) for path in place["data"]] == before[::-1] != before:
+        raise UserError(f"--dataA and --dataB are swapped: A was {before[0]}, B was {before[1]}")
 
 
 def take_whole_part(path):
