@@ -217,7 +217,7 @@ def setting(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings; those without a section are as in the authors' code. Raises UserError."""
+    """All settings; without a section as in the authors' code, or as said. Raises UserError."""
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
     load_size: int = setting(None, "shorter side before the crop; default image_size x 286/256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
@@ -516,8 +516,7 @@ def in_one_batch(network, *batches):
 class Fused:
     """CycleGAN.step of a model, three calls of a generator for six, one of a discriminator for two.
 
-    It shares the model's weights, buffers and Adams. `networks` stand in for G, F, D_X and D_Y;
-    they must treat each image of a batch alone, so BatchNorm will not do.
+    It shares the model's weights, buffers and Adams. `networks` stand in for G, F, D_X and D_Y.
     """
     step = CycleGAN.step
 
@@ -548,8 +547,9 @@ class FastStep:
     layers get faster classes.
 
     precision: "fp32"; "bf16", autocast in the networks; or "auto", bf16 where a GPU supports it.
-    On CUDA, unless `eager`, networks are compiled, and the step becomes a CUDA graph. Several
-    processes have each their images and buffers, and average their gradients.
+    On CUDA, unless `eager`, networks are compiled, and with one process the step becomes a CUDA
+    graph. Several processes have each their images and buffers, and average their gradients.
+    Networks must treat each image of a batch alone, so BatchNorm will not do.
     """
 
     def __init__(self, model, device="cpu", precision="auto", eager=False):
@@ -629,7 +629,7 @@ def can_compile():
     except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
         warn_of_slow_steps("torch.compile fails", error)
         return False
-    torch._dynamo.config.cache_size_limit = 64  # past 8 sizes it would go on uncompiled
+    torch._dynamo.config.cache_size_limit = 64  # past 8 sizes, G's and F's together, it gives up
     return True
 
 
@@ -690,7 +690,7 @@ def write_file(path, data):
     """Writes bytes beside `path`, syncs, renames: there is always the old file or the new one.
 
     Raises UserError. If the new file is only denied the place of the old one, it stays, whole, as
-    PATH.part.
+    PATH.part, until the next is written.
     """
     part = path.with_name(f"{path.name}.part")
     if len(os.fsencode(part.name)) > 255:  # more than file systems take
@@ -762,7 +762,8 @@ def load_checkpoint(path, device="cpu", precision="auto", eager=False, **network
         others = saved["model"].keys() ^ model.state_dict().keys()
         if others:
             raise ValueError(f"it has other networks: {min(others)}")
-        model.to(saved["model"]["buffer_X.images"].dtype).load_state_dict(saved["model"])
+        model.to(saved["model"]["buffer_X.images"].dtype)  # float64 after .double()
+        model.load_state_dict(saved["model"])
     fast = FastStep(model, device, precision, eager)
     with blamed_on(path):
         fast.steps = int(saved["steps"])

@@ -1540,6 +1540,10 @@ def test_training_writes_what_it_promises(user):
             assert np.abs(inside - images).max() < 2  # rounding may differ in other batches
     with Image.open(folder / "samples.gif") as film:
         assert film.n_frames == 6
+    shutil.copytree(folder, user / "back")
+    train.animate(user / "back", 2)  # after going back to that epoch
+    with Image.open(user / "back" / "samples.gif") as film:
+        assert film.n_frames == 3
 
 
 def test_stopped_and_resumed_equals_never_stopped(user):
@@ -1786,7 +1790,8 @@ def test_no_file_that_exists_is_touched_and_a_stopped_call_goes_on(user):
     (out / "a.png.png").write_text("of somebody else")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     said = ok(user, PHOTOS)
-    assert f"{len(before)} results exist in {name} and stay; --overwrite makes them anew\n" in said
+    assert f"{len(before)} files of these names exist in {name} and stay, whatever made them; " \
+           "--overwrite makes them anew\n" in said
     assert f"{3 - len(before)} translated into {name}, 0 skipped" in said
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert (out / "a.png.png").read_text() == "of somebody else"
@@ -1797,7 +1802,8 @@ def test_no_file_that_exists_is_touched_and_a_stopped_call_goes_on(user):
     assert all(later[name] != earlier[name] for name in later if name != ".translated")
     assert later["a.png.png"][:4] == b"\x89PNG"
     shutil.copytree(user / "photos", user / "among")
-    ok(user, "translate.py among --checkpoint trained --out among --overwrite")
+    ok(user, "translate.py among/a.jpg among/a.png --checkpoint trained --out among --overwrite")
+    ok(user, "translate.py among/more/b.png --checkpoint trained --out among/more --overwrite")
     sources, among = files_of(user / "photos"), files_of(user / "among")
     assert among.keys() == {*sources, "a.jpg.png", "a.png.png"}  # no source was overwritten
     assert all(among[name] == sources[name] for name in sources)
@@ -1811,6 +1817,7 @@ def test_no_file_that_exists_is_touched_and_a_stopped_call_goes_on(user):
 
 def test_results_are_nobodys_pictures_unless_they_are_asked_for(user):
     shutil.copytree(user / "photos", user / "mixed")
+    (user / "mixed" / "results").mkdir()
     ok(user, "translate.py mixed --checkpoint trained --out mixed/results")
     out = ok(user, f"train.py --dataA mixed --dataB oranges {SMALL} --max-steps 1 --out mixed-run")
     assert "A: 3 pictures" in out and "mixed: 1 folder of results" in out
@@ -1876,6 +1883,7 @@ MISTAKES = {  # a command line -> what its one sentence says
     "translate.py photos --checkpoint 'apples/apples 0.png'": "apples 0.png is damaged or not a ch",
     "translate.py --checkpoint gone": "no longer in .*nowhere; name others",
     f"{PHOTOS} --out file.zip/x": "cannot make the folder file.zip/x: .*choose another --out",
+    f"{PHOTOS} --out ./photos": "--out photos is the folder of the pictures",
     f"{PHOTOS} --out orange.png": "--out orange.png: it takes a folder",
     f"{PHOTOS} photos/more/b.png photos/more/b.png":
         "b.png and another would both become trained/translated-AtoB-12/b.png.png; choose two",

@@ -277,7 +277,7 @@ class Run:
     summed: int = 0                              # steps in these sums
     last_step: int = 0
     start: tuple = None          # time and step after the first step, for the pace
-    shown: float = 0.0           # time of the last one
+    shown: float = 0.0           # time of the last status line
     saved: float = 0.0           # time of the last checkpoint
 
     @property
@@ -540,9 +540,10 @@ def sample_grid(run, rows=4):
     return np.concatenate(cyclegan.to_pictures(torch.cat(framed, 3)))
 
 
-def animate(folder):
-    """Writes samples.gif: the samples, or FRAMES of them, from the first epoch to the last."""
+def animate(folder, epoch):
+    """Writes samples.gif: the samples, or FRAMES of them, from the first epoch to this one."""
     paths = sorted((folder / "samples").glob("epoch_*.png"))
+    paths = [path for path in paths if path.name <= f"epoch_{epoch + 1:04}"]  # after going back
     some = np.linspace(0, len(paths) - 1, min(FRAMES, len(paths))).round().astype(int)
     frames, file = [], io.BytesIO()
     for k in some:
@@ -606,7 +607,7 @@ def train_epoch(run, received):
     while run.done < run.count:
         try:
             x, y = next(reading)
-        except (MemoryError, UserError):  # between two steps, so nothing need be lost
+        except (MemoryError, UserError):  # between two steps, so rank 0 need lose nothing
             run.save()
             raise
         losses = fast(cyclegan.to_tensor(x, fast.device), cyclegan.to_tensor(y, fast.device), lr)
@@ -778,7 +779,7 @@ def run_program(given):
         log("the first step compiles the networks, which may take a minute or two")
     received = train(run, given.get("max_steps", math.inf))
     if RANK == 0:
-        animate(run.folder)
+        animate(run.folder, run.epoch)
         if run.demo and not received:
             evaluate_demo(run)
     in_any_process(False)  # waits for rank 0; NCCL would end it if the others left

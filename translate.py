@@ -50,8 +50,8 @@ def parse():
     add("--side-by-side", action="store_true",
         help="put each picture next to its translation (default: the translation alone)")
     add("--size", type=shorter_side, metavar="N|full",
-        help="shorter side of what the network gets, or full: the picture as it is (default: as in "
-             "training, 256 for the authors' files)")
+        help="shorter side of what the network gets (less for very long pictures), or full: the "
+             "picture as it is (default: as in training, 256 for the authors' files)")
     add = parser.add_argument_group("network").add_argument
     add("--checkpoint", type=Path, metavar="RUN_OR_FILE",
         help="a run's folder or one of its .pt files; or the authors' .pth file, or a folder of "
@@ -102,15 +102,15 @@ def folder_of_results(options, run, steps):
     parts = ["translated", options.direction, of, options.size]
     if options.side_by_side:
         parts.append("side-by-side")
-    return run / "-".join(str(part) for part in parts if part)
+    return run / "-".join(str(part) for part in parts if part not in (None, ""))
 
 
 def make_folder(out):
     """Makes a folder of results; a new one is marked as such, so that nobody trains on them."""
-    if out.is_dir():
+    if out.is_dir() and any(out.iterdir()):
         return
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / cyclegan.RESULTS).touch()
     except OSError as error:
         raise UserError(f"cannot make the folder {out}: {error.strerror}; choose another --out"
@@ -122,7 +122,7 @@ def plan(inputs, out, suffix=".png"):
 
     Pictures that would, such as a.jpg and a.png, keep their suffixes: a.jpg.png and a.png.png.
     """
-    found = list(sources(inputs))
+    found = list(sources(inputs, out))
     stems = Counter(str(name.with_suffix("")).lower() for _, name in found)
     pairs = []
     for source, name in found:
@@ -136,14 +136,16 @@ def plan(inputs, out, suffix=".png"):
     return pairs
 
 
-def sources(inputs):
-    """Yields (picture, its path below --out) for all arguments. Raises UserError."""
+def sources(inputs, out):
+    """Yields (picture, its path below `out`) for all arguments. Raises UserError."""
     for given in inputs:
         if not given.exists():
             raise UserError(f"there is no file or folder {given}")
         if not given.is_dir():
             yield given, Path(given.name)
             continue
+        if given.resolve() == out.resolve():
+            raise UserError(f"--out {out} is the folder of the pictures; choose another")
         below = Path(given.resolve().name if len(inputs) > 1 else "")
         for source in cyclegan.find_pictures(given):
             yield source, below / source.relative_to(given)
@@ -339,10 +341,11 @@ def run_program(options):
     say(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
     if len(pairs) < len(planned):
         how = "" if options.overwrite else "; --overwrite makes them anew"
-        say(f"{len(planned) - len(pairs):,} results exist in {out} and stay{how}")
+        say(f"{len(planned) - len(pairs):,} files of these names exist in {out} and stay, whatever "
+            f"made them{how}")
     if not generator.config and not options.size:
         say("note: these weights do not say at what scale they were trained; 256 pixels are "
-            "assumed, --size sets another")
+            "assumed, --size sets another; of a single file --direction only names the results")
     done, start = 0, time.perf_counter()
     results = translate_all(generator, pairs, options)
     for seen, ((target, _), writing) in enumerate(cyclegan.in_threads(write, results, AHEAD), 1):
