@@ -43,14 +43,14 @@ class Program:
     that the process gets when that function has ended for the nth time."""
 
     def __init__(self, *arguments, hook=None):
-        self.said = [Path(tempfile.mkstemp()[1]) for _ in range(2)]  # output and errors
+        self.said = [Path(tempfile.mkdtemp(), name) for name in ("output", "errors")]
         self.process = multiprocessing.get_context("fork").Process(
             target=self.run, args=(["train.py", *map(str, arguments)], hook))
         self.process.start()
 
     def run(self, arguments, hook):
         for number, path in enumerate(self.said, 1):
-            os.dup2(os.open(path, os.O_WRONLY), number)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
         for number in SIGNALS:  # nohup, or a shell's &, may have some of them ignored
             signal.signal(number, signal.SIG_DFL)
         sys.argv = arguments
