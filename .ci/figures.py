@@ -30,7 +30,7 @@ def framed(pictures):
 def why(full, no_cycle, cycle, scene=SCENES[7], factor=2):
     """x, G(x), F(G(x)) of one scene with each of three runs, pixels enlarged by a factor."""
     rows = []
-    for title, run in (("the full method", full), ("without the cycle", no_cycle),
+    for title, run in (("the full method", full), ("the adversarial loss alone", no_cycle),
                        ("the cycle alone", cycle)):
         G, F = (cyclegan.load_generator(run, direction) for *_, direction in WAYS)
         x = train.paint(scene, "apples", G.config.load_size)
