@@ -19,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 import torch._dynamo  # programs are forked from this one, so that none has to wait for imports
 
 HERE = Path(__file__).resolve().parent.parent
