@@ -275,10 +275,10 @@ class CycleGAN(nn.Module):
         super().__init__()
         self.config = config
         rng = torch.Generator().manual_seed(config.seed)  # random numbers, not a network
-        self.G = G or Generator(config.width, config.blocks, rng)  # X -> Y
-        self.F = F or Generator(config.width, config.blocks, rng)  # Y -> X
-        self.D_X = D_X or Discriminator(config.width, rng)         # is it x, or F(y)?
-        self.D_Y = D_Y or Discriminator(config.width, rng)         # is it y, or G(x)?
+        self.G = Generator(config.width, config.blocks, rng) if G is None else G  # X -> Y
+        self.F = Generator(config.width, config.blocks, rng) if F is None else F  # Y -> X
+        self.D_X = Discriminator(config.width, rng) if D_X is None else D_X  # is it x, or F(y)?
+        self.D_Y = Discriminator(config.width, rng) if D_Y is None else D_Y  # is it y, or G(x)?
         self.buffer_X = ImageBuffer(config.buffer_size, config.image_size)  # of F(y), for D_X
         self.buffer_Y = ImageBuffer(config.buffer_size, config.image_size)  # of G(x), for D_Y
         adam = {"lr": config.lr, "betas": (config.beta1, 0.999)}  # joint: authors' code

@@ -573,6 +573,8 @@ class Small(nn.Module):
 
 
 def test_networks_of_ones_own_train_and_are_saved(tmp_path):
+    same = nn.Sequential()  # which is False, as it is empty
+    assert CycleGAN(Config(**TINY), G=same).G is same
     mine = {"G": Small(3), "D_X": Small(1)}
     mine["G"].layer.bias.requires_grad_(False)
     before = copy.deepcopy(mine)
