@@ -447,11 +447,11 @@ def open_run(given, device):
 
 def move_folders(place, given):
     """Replaces the folders of a run by those that are given."""
-    before = [os.path.basename(path) for path in place["data"]]
+    before = list(map(os.path.basename, place["data"]))
     for k, name in enumerate(("dataA", "dataB")):
         if name in given:
             place["data"][k] = os.path.realpath(given[name])
-    if [os.path.basename(path) for path in place["data"]] == before[::-1] != before:
+    if list(map(os.path.basename, place["data"])) == before[::-1] != before:
         raise UserError(f"--dataA and --dataB are swapped: A was {before[0]}, B was {before[1]}")
 
 
