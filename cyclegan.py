@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 
-# ==== Part I: the method, in plain PyTorch. (Part II: checks of settings, speed, files.) ==========
+# ==== Part I: the method, in plain PyTorch ========================================================
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
 # Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm, not affine (authors' code),
@@ -79,7 +79,7 @@ def C(in_channels, k, stride=2):
 
 
 def initialise(network, rng=None):
-    """Draws weights from N(0, 0.02), 0.02 the deviation (Sec. 7.1); biases: 0 (authors' code)."""
+    """Weights from a Gaussian, mean 0, deviation 0.02 (Sec. 7.1); biases are 0 (authors' code)."""
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -164,7 +164,7 @@ def cycle_loss(x, y, back_x, back_y, lambda_forward, lambda_backward):
 
 
 def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
-    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as Eq. 2, x lambda_identity in step."""
+    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as Eq. 2; lambda_identity: see step."""
     return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
 
@@ -195,7 +195,7 @@ class ImageBuffer(nn.Module):
         self.register_buffer("count", torch.zeros(1, dtype=torch.long))  # stored so far
 
     def query(self, images, uniforms):
-        """(N, 3, side, side) images -> as many for D to see. uniforms: (slot, coin), in [0, 1)."""
+        """(N, 3, side, side) images -> as many for D to see. uniforms: N (slot, coin) pairs."""
         size, shown = len(self.images), []
         for image, (slot, coin) in zip(images, uniforms, strict=True):
             if self.count < size:           # filling
@@ -217,7 +217,7 @@ def setting(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings; without a section as in the authors' code, or as said. Raises UserError."""
+    """All settings; those that name no section follow the authors' code. Raises UserError."""
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
     load_size: int = setting(None, "shorter side before the crop; default image_size x 286/256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
@@ -299,7 +299,7 @@ class CycleGAN(nn.Module):
         """Six images, five reported losses, two updates (Eqs. 3 and 4, and identity).
 
         x, y: (N, 3, image_size, image_size), chosen independently. lr: of both optimizers.
-        uniforms: torch.rand(2, N, 2), as [buffer, image, slot or coin]; given, to be reproducible.
+        uniforms: torch.rand(2, N, 2), [buffer, image, slot or coin], passed in to be repeatable.
         Returns {name: detached scalar}: gan, cycle, identity (all three weighted), D_X, D_Y.
         """
         c = self.config
@@ -428,8 +428,9 @@ class ReflectionPad(nn.ReflectionPad2d):
 class LastConvolution(nn.Conv2d):
     """7x7 convolution. Its 3 filters would leave most of a CPU's vector lanes empty.
 
-    So there four copies of the filters, each shifted down by one row, make 12 filters of 10x7 with
-    stride 4: the same sums, four rows at a time, in half the time. H must be a multiple of 4.
+    On a CPU, therefore, four copies of the filters, each shifted down by one row, make 12 filters
+    of 10x7 with stride 4: the same sums, four rows at a time, in half the time. H must be a
+    multiple of 4.
     """
 
     def forward(self, h):
@@ -877,7 +878,7 @@ def find_pictures(folder):
     for parent, folders, names in os.walk(folder, onerror=cannot_read, followlinks=True):
         is_results = {"latest.pt", RESULTS} & set(names) and Path(parent) != folder
         if is_results or os.path.realpath(parent) in seen:  # links may go round in circles
-            ignored["folder of results"] += bool(is_results)
+            ignored["folder(s) of results"] += bool(is_results)
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))

@@ -1096,7 +1096,7 @@ def test_pictures_are_found_through_links_and_what_is_ignored_is_counted(tmp_pat
         assert cyclegan.find_pictures(folder) == [folder / "a.png", folder / "link" / "b.JPEG"]
     [said] = {str(warning.message) for warning in told}
     assert f"{folder}: 1,000 .cr2, 2 " in said and "2 .txt" in said and "1 without a suffix" in said
-    assert "2 folder of results" in said and "hidden" not in said
+    assert "2 folder(s) of results" in said and "hidden" not in said
     if not any("heic" in name for name in cyclegan.SUFFIXES.split()):
         assert "1 .heic" in said and "(HEIC is read after: pip install pillow-heif)" in said
     # A folder of results itself is what was asked for.
@@ -1378,7 +1378,7 @@ def test_a_folder_of_odd_shapes_trains_and_translates(user):
     assert status == 1 and "A: 7 pictures" in trained and "4 translated into odd-out, 3 sk" in out
     for reason in ("8x801.png: it is more than a hundred times as long as wide",
                    "huge.png: it has more pixels than Pillow reads", "loop.png: Too many levels",
-                   "odd: 1 folder of results; these are read: .avif"):
+                   "odd: 1 folder(s) of results; these are read: .avif"):
         assert trained.count(reason) == 1 == err.count(reason)
     for width, height in sizes[:-1]:
         with Image.open(user / "odd-out" / f"{width}x{height}.png") as image:
@@ -1754,7 +1754,7 @@ PHOTOS = "translate.py photos --checkpoint trained"
 
 def test_translations_keep_names_folders_and_sizes(user):
     out = ok(user, f"{PHOTOS} --out there").splitlines()
-    assert out[0] == "trained, at step 12, AtoB on cpu, 3 pictures" and len(out) == 5
+    assert out[0] == "trained, at step 12, AtoB on cpu, pictures: 3" and len(out) == 5
     assert re.fullmatch(r"2 of 3, 0:00:0\d left: there/a.png.png", out[2])
     assert out[-1] == "3 translated into there, 0 skipped"
     ok(user, "translate.py photos/a.png photos/more --checkpoint trained --format jpg "
@@ -1776,7 +1776,7 @@ def test_translations_keep_names_folders_and_sizes(user):
     assert np.abs(beside - picture.astype(int)).mean() < 8
     small_authors_file(user / "horse2zebra" / "latest_net_G.pth")
     out = ok(user, "translate.py photos/a.png --checkpoint horse2zebra")
-    assert "horse2zebra, step unknown, AtoB on cpu, 1 pictures\nnote: these weights do " \
+    assert "horse2zebra, step unknown, AtoB on cpu, pictures: 1\nnote: these weights do " \
            "not say at what scale they were trained; 256 pixels are assumed" in out
     assert (user / "horse2zebra" / "translated-AtoB-horse2zebra" / "a.png").is_file()
 
@@ -1792,8 +1792,8 @@ def test_no_file_that_exists_is_touched_and_a_stopped_call_goes_on(user):
     (out / "a.png.png").write_text("of somebody else")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     said = ok(user, PHOTOS)
-    assert f"{len(before)} files of these names exist in {name} and stay, whatever made them; " \
-           "--overwrite makes them anew\n" in said
+    assert f"{len(before)} files with these names exist in {name} and are kept, whatever made " \
+           "them; --overwrite makes them anew\n" in said
     assert f"{3 - len(before)} translated into {name}, 0 skipped" in said
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert (out / "a.png.png").read_text() == "of somebody else"
@@ -1822,9 +1822,9 @@ def test_results_are_nobodys_pictures_unless_they_are_asked_for(user):
     (user / "mixed" / "results").mkdir()
     ok(user, "translate.py mixed --checkpoint trained --out mixed/results")
     out = ok(user, f"train.py --dataA mixed --dataB oranges {SMALL} --max-steps 1 --out mixed-run")
-    assert "A: 3 pictures" in out and "mixed: 1 folder of results" in out
+    assert "A: 3 pictures" in out and "mixed: 1 folder(s) of results" in out
     status, out, err = run(user, "translate.py mixed --checkpoint trained --out mixed/again")
-    assert status == 0 and "3 translated" in out and "1 folder of results" in err
+    assert status == 0 and "3 translated" in out and "1 folder(s) of results" in err
     assert "3 translated" in ok(user, "translate.py mixed/again --checkpoint trained --out third")
 
 
@@ -1888,7 +1888,7 @@ MISTAKES = {  # a command line -> what its one sentence says
     f"{PHOTOS} --out ./photos": "--out photos is the folder of the pictures",
     f"{PHOTOS} --out orange.png": "--out orange.png: it takes a folder",
     f"{PHOTOS} photos/more/b.png photos/more/b.png":
-        "b.png and another would both become trained/translated-AtoB-12/b.png.png; choose two",
+        "b.png and another would both become trained/translated-AtoB-12/b.png.png; give each",
     f"{PHOTOS} --size some": "must be full or a number of pixels, at least 8, not some"}
 if not torch.cuda.is_available():
     MISTAKES[f"{NEW} --device cuda:1"] = "device cuda:1 cannot be used here .*try cpu"

@@ -122,17 +122,19 @@ def plan(inputs, out, suffix=".png"):
 
     Pictures that would, such as a.jpg and a.png, keep their suffixes: a.jpg.png and a.png.png.
     """
-    found = list(sources(inputs, out))
-    stems = Counter(str(name.with_suffix("")).lower() for _, name in found)
-    pairs = []
-    for source, name in found:
-        alone = stems[str(name.with_suffix("")).lower()] == 1
-        pairs.append((source, out / (name.with_suffix(suffix) if alone else f"{name}{suffix}")))
+    found, pairs = [], []
+    for source, name in sources(inputs, out):
+        found.append((source, name, str(name.with_suffix("")).lower()))
+    stems = Counter(stem for *_, stem in found)
+    for source, name, stem in found:
+        target = name.with_suffix(suffix) if stems[stem] == 1 else f"{name}{suffix}"
+        pairs.append((source, out / target))
     # in lower case, as some file systems do not tell A.png from a.png
     counts = Counter(str(target).lower() for _, target in pairs)
     for source, target in pairs:
         if counts[str(target).lower()] > 1:
-            raise UserError(f"{source} and another would both become {target}; choose two --out")
+            raise UserError(f"{source} and another would both become {target}; give each its own "
+                            "--out")
     return pairs
 
 
@@ -338,11 +340,11 @@ def run_program(options):
     pairs = to_make(planned, options.overwrite)
     make_folder(out)
     trained = f"at step {generator.steps}" if generator.config else "step unknown"
-    say(f"{checkpoint}, {trained}, {options.direction} on {device}, {len(planned):,} pictures")
+    say(f"{checkpoint}, {trained}, {options.direction} on {device}, pictures: {len(planned):,}")
     if len(pairs) < len(planned):
         how = "" if options.overwrite else "; --overwrite makes them anew"
-        say(f"{len(planned) - len(pairs):,} files of these names exist in {out} and stay, whatever "
-            f"made them{how}")
+        say(f"{len(planned) - len(pairs):,} files with these names exist in {out} and are kept, "
+            f"whatever made them{how}")
     if not generator.config and not options.size:
         say("note: these weights do not say at what scale they were trained; 256 pixels are "
             "assumed, --size sets another; of a single file --direction only names the results")
