@@ -33,7 +33,7 @@ PEACE = Path("peace")  # a run left in peace
 BROKEN = []            # promises
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
-STEP = cyclegan.FastStep, "__call__"
+STEP = cyclegan.FastCycleGAN, "train_step"
 MOMENTS = (os, "fsync"), (cyclegan, "save_checkpoint"), (cyclegan, "png")
 
 

@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cyclegan  # noqa: E402
 import train  # noqa: E402
 import translate  # noqa: E402
+from demo import scenes  # noqa: E402
 
-SCENES = [train.draw_scene(np.random.default_rng([3, k])) for k in range(24)]
+SCENES = [scenes.draw_scene(np.random.default_rng([3, k])) for k in range(24)]
 WAYS = (("apples", "oranges", "AtoB"), ("oranges", "apples", "BtoA"))
 
 
@@ -33,27 +35,31 @@ def why(full, no_cycle, cycle, scene=SCENES[7], factor=2):
     for title, run in (("the full method", full), ("the adversarial loss alone", no_cycle),
                        ("the cycle alone", cycle)):
         G, F = (cyclegan.load_generator(run, direction) for *_, direction in WAYS)
-        x = train.paint(scene, "apples", G.config.load_size)
+        x = scenes.paint(scene, "apples", G.config.load_size)
         fake_y = cyclegan.translate(G, x)
         shown = (x, fake_y, cyclegan.translate(F, fake_y))
         row = framed(p.repeat(factor, 0).repeat(factor, 1) for p in shown)
-        rows.append(cyclegan.titled(row, [title]))
-    return cyclegan.titled(np.vstack(rows), train.TITLES[:3])
+        rows.append(cyclegan.with_titles(row, [title]))
+    return cyclegan.with_titles(np.vstack(rows), train.TITLES[:3])
+
+
+def resized(picture, side):
+    return np.array(Image.fromarray(picture).resize((side, side), Image.BICUBIC))
 
 
 def scale(run, side=256, scene=SCENES[7]):
-    """A scene's translations at full size, enlarged, and carried back. Prints the errors."""
+    """A scene's translations at full size, enlarged, and by translate.py. Prints the errors."""
     rows = []
     for source, target, direction in WAYS:
         generator = cyclegan.load_generator(run, direction)
         print_errors(generator, source, target)
-        x, truth = (train.paint(scene, kind, side) for kind in (source, target))
-        small = translate.resize(x, (generator.config.load_size,) * 2)
-        enlarged = translate.resize(cyclegan.translate(generator, small), (side, side))
+        x, truth = (scenes.paint(scene, kind, side) for kind in (source, target))
+        small = resized(x, generator.config.load_size)
+        enlarged = resized(cyclegan.translate(generator, small), side)
         rows.append(framed([x, translate.translate_photo(generator, x, "full"), enlarged,
                             translate.translate_photo(generator, x), truth]))
-    titles = ("picture", "at full size", "enlarged", "carried back", "truth")
-    return cyclegan.titled(np.vstack(rows), titles)
+    titles = ("picture", "at full size", "enlarged", "translate.py", "truth")
+    return cyclegan.with_titles(np.vstack(rows), titles)
 
 
 def print_errors(generator, source, target):
@@ -61,7 +67,7 @@ def print_errors(generator, source, target):
     for size in (None, "full"):
         line = f"| {source} to {target}{', --size full' if size else ''} |"
         for side in (64, 128, 256, 512):
-            pictures, truth = (np.stack([train.paint(scene, kind, side) for scene in SCENES])
+            pictures, truth = (np.stack([scenes.paint(scene, kind, side) for scene in SCENES])
                                for kind in (source, target))
             results = [translate.translate_photo(generator, each, size) for each in pictures]
             before, after = (np.abs(np.subtract(each, truth, dtype=float))
