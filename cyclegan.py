@@ -49,7 +49,7 @@ def c7s1(in_channels, k):
 
 
 def d(in_channels, k):
-    """3x3 convolution of stride 2, InstanceNorm, ReLU. d, u and C pad with zeros (authors' code)."""
+    """3x3 convolution of stride 2, InstanceNorm, ReLU. d, u and C pad by zeros (authors' code)."""
     return [nn.Conv2d(in_channels, k, 3, stride=2, padding=1, bias=False),
             nn.InstanceNorm2d(k), nn.ReLU(inplace=True)]
 

@@ -1463,7 +1463,7 @@ def test_pictures_that_are_translated_are_never_written_over(photos):
     shutil.copytree(photos / "photos", photos / "mixed")
     (photos / "link").symlink_to("mixed")
     sources = files_of(photos / "mixed")
-    folder, over = "is the folder of the pictures; choose another\n", "be written over pictures; cho"
+    folder, over = "is the folder of the pictures; choose another\n", "be written over pictures; ch"
     for line, sentence in {
             "mixed --out mixed": folder, "link --out mixed": folder, "mixed --out link": folder,
             "mixed/b.png --out mixed": over, "link/b.png --out mixed": over,
@@ -1788,11 +1788,11 @@ def test_resumed_training_equals_uninterrupted_training(user):
     finish, begin = start(user, f"{line} --save-minutes 0", HANGS), time.monotonic()
     while not (user / "hangs").exists() and time.monotonic() < begin + 60:
         time.sleep(0.05)
-    for other in (line, f"{NEW} --out stopped"):
-        status, _, err = run(user, other)
-        assert status == 1 and err.endswith("training is running in stopped; stop it first\n")
+    refused = [run(user, other) for other in (line, f"{NEW} --out stopped")]
     os.kill(finish.pid, signal.SIGKILL)
     assert finish()[0] == -signal.SIGKILL
+    assert all(status == 1 and err.endswith("training is running in stopped; stop it first\n")
+               for status, _, err in refused), refused
     [part] = folder.glob("*.part")
     assert load(folder)["steps"] == 5 and torch.load(part)["steps"] == 6
     (folder / "samples" / "epoch_0003.png.9.part").touch()
@@ -1809,12 +1809,16 @@ def test_resumed_training_equals_uninterrupted_training(user):
     assert same(files_of(folder), files_of(user / "trained"))
 
 
+def times_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(user):
-    before = {path: path.stat().st_mtime_ns for path in (user / "trained").rglob("*")}
+    before = times_of(user / "trained")
     out = ok(user, "train.py --resume trained --save-every 1")
     assert "nothing is left to train: trained is at step 12 of 12; for more, raise --epochs, " \
            "now 2: python train.py --resume trained --epochs ..." in out
-    assert before == {path: path.stat().st_mtime_ns for path in (user / "trained").rglob("*")}
+    assert times_of(user / "trained") == before
 
 
 ANSWER = """
@@ -2064,7 +2068,6 @@ ONE = f"{NEW} --max-steps 1"
 RESUME = "train.py --resume trained"
 TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     "train.py --dataA file.zip --dataB oranges": "there is no folder .*file.zip; --dataA and",
-    "train.py --dataA 'apples/*.png' --dataB oranges": "there is no folder",
     "train.py --dataA texts --dataB oranges": "there are no pictures .*/texts; ignored: 1 .txt",
     "train.py --dataA damaged --dataB oranges": "no picture in .*damaged can be read",
     "train.py --dataA trained --dataB oranges": "trained is a run, not a folder of pictures",
@@ -2076,18 +2079,13 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     f"{ONE} --out trained": "--out trained is not empty; .*--resume trained",
     f"{ONE} --out downloads": "--out downloads is not empty",
     f"{ONE} --image-size 26": "image_size must be a multiple of 4 from 24 on, not 26",
-    f"{ONE} --image-size big": "argument --image-size: invalid int value: 'big'",
     f"{ONE} --image_sise 32": "not understood: --image_sise 32; --help",
     f"{ONE} --flip false": "not understood: false; .*--flip, --no-flip and --squash take no value",
-    f"{ONE} --objective wgan": "objective must be lsgan or log, not 'wgan'",
-    f"{ONE} --epochs 0 --decay-epochs 0": "epochs must be from 1 to a million",
     f"{ONE} --save-every 0": "argument --save-every: must be at least 1, not 0",
-    f"{ONE} --max-steps some": "argument --max-steps: .*some",
     f"{ONE} --save-minutes -3": "argument --save-minutes: .*-3",
     f"{ONE} --save-minutes nan": "argument --save-minutes: .*nan",
     f"{ONE} --device gpu": "device must be auto, cpu, cuda .* or mps, not gpu",
     f"{ONE} --device cpu --compile": "compiling .--compile. is for CUDA, not for cpu",
-    f"{ONE} --precision fp16": "argument --precision: invalid choice: 'fp16'",
     "train.py --start-from trained": "--dataA and --dataB are both needed",
     "train.py --dataA apples --dataB oranges --start-from trained --width 4":
         "--width and --blocks follow from --start-from; leave them out",
@@ -2098,7 +2096,6 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     "train.py --resume cut": "cut/latest.pt is damaged .*; cut/epoch_0004.pt may be whole: copy it",
     f"{RESUME} --lr 1e-4": "keeps its folder and its settings.*--start-from trained --dataA",
     f"{RESUME} --no-flip": "a resumed run keeps",
-    f"{RESUME} --out other": "a resumed run keeps",
     f"{RESUME} --dataA many": r"A, B, processes = \[6, 3, 1\], not \[40, 3, 1\]",
     f"{RESUME} --dataA oranges --dataB apples": r"\[6, 3, 1\], not \[3, 6, 1\]"}
 if not torch.cuda.is_available():
@@ -2114,14 +2111,14 @@ def test_mistakes_get_one_sentence_and_leave_nothing_behind(user):
     os.truncate(user / "cut" / "latest.pt", 5000)
     small_authors_file(user / "unequal" / "latest_net_G_A.pth")
     torch.save(CycleGAN(Config(24, 28, 1, 2)).G.state_dict(), user / "unequal/latest_net_G_B.pth")
-    before, wrong = {path: path.stat().st_mtime_ns for path in user.rglob("*")}, []
+    before, wrong = times_of(user), []
     for line, sentence in TRAINING_MISTAKES.items():
         status, _, err = run(user, line)
         lines = [text for text in err.splitlines() if not text.startswith("usage:")]
         if status == 0 or len(lines) != 1 or not re.search(sentence, err):
             wrong.append((line, status, err))
     assert not wrong, wrong
-    assert {path: path.stat().st_mtime_ns for path in user.rglob("*")} == before
+    assert times_of(user) == before
     status, _, err = run(user, "train.py", WORLD_SIZE="2")
     assert status == 1 and re.fullmatch("train.py: WORLD_SIZE is 2.*torchrun.*\n", err), err
 
@@ -2224,12 +2221,12 @@ def test_a_change_of_the_manual_trains_resumes_translates(letter, user, tmp_path
     out = program(f"train.py {data} {SMALL} --epochs 1 --decay-epochs 1 --max-steps 2 --out run")
     assert letter != "h" or "A: 1 pictures" in out
     assert "finished after step" in program("train.py --resume run")
-    assert "3 translated" in program("translate.py oranges --checkpoint run --size full --out results")
+    assert "3 translated" in program("translate.py oranges --checkpoint run --size full --out out")
     saved, header = load(tmp_path / "run"), (tmp_path / "run" / "losses.csv").read_text().split()[0]
     row = dict(zip(header.split(","), losses_of(tmp_path / "run")[-1], strict=True))
     column = {"a": "smooth", "c": "perceptual", "g": "pairs"}.get(letter)
     assert column is None or row[column] > 0
-    first = Image.open(next((tmp_path / "results").rglob("*.png")))
+    first = Image.open(next((tmp_path / "out").rglob("*.png")))
     assert (len(first.getcolors(10**6)) <= 256) == (letter == "f")
     shapes = {key: tuple(value.shape) for key, value in saved["model"].items()}
     assert (shapes.get("G.model.1.weight") == (2, 1, 7, 7)) == (letter == "f")

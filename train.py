@@ -191,21 +191,6 @@ class Run:
                 self.last_saved = f"step {self.model.steps} ({self.command})"
 
 
-@contextmanager
-def errors_as_notes(fatal=""):
-    """Prints a note where a file cannot be written or memory runs out, and goes on. With `fatal`, a
-    text, it raises a UserError that ends with this text."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, UserError) as error:
-        if not isinstance(error, UserError) and not cyclegan.out_of_memory(error):
-            raise
-        what = str(error) or "out of memory"
-        if fatal:
-            raise UserError(f"{what}{fatal}") from error
-        log(f"note: {what}; training goes on")
-
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
@@ -392,7 +377,7 @@ def new_folder(out, data, config):
         with cyclegan.as_user_error(f"cannot make the folder {folder}; choose another --out"):
             folder.mkdir(parents=True, exist_ok=out is not None)
         lock(folder)
-        if any(not path.match("latest.pt.*.part") for path in folder.iterdir()):  # of a killed start
+        if any(not path.match("latest.pt.*.part") for path in folder.iterdir()):  # of a killed one
             raise UserError(f"--out {out} is not empty; choose another, or use --resume {out}")
         if not data:
             scenes.draw_pictures(folder, config.load_size)
@@ -551,6 +536,21 @@ def log(line, transient=False):
         print(line if transient and TERMINAL else f"{line}\n", end="", flush=True)
     except OSError:  # whoever read it has gone; that must not end a training
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def errors_as_notes(fatal=""):
+    """Prints a note where a file cannot be written or memory runs out, and goes on. With `fatal`, a
+    text, it raises a UserError that ends with this text."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, UserError) as error:
+        if not isinstance(error, UserError) and not cyclegan.out_of_memory(error):
+            raise
+        what = str(error) or "out of memory"
+        if fatal:
+            raise UserError(f"{what}{fatal}") from error
+        log(f"note: {what}; training goes on")
 
 
 def signals_to_stop():

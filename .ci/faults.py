@@ -28,7 +28,8 @@ import cyclegan  # noqa: E402
 A, B = (Path(folder).resolve() for folder in sys.argv[1:3])
 EPOCH = max(len(cyclegan.find_pictures(folder)) for folder in (A, B))  # steps
 RUN = [f"--dataB={B}", "--image-size=32", "--width=4", "--blocks=1", "--buffer-size=4",
-       "--epochs=1", "--decay-epochs=2", "--save-every=2", "--save-minutes=0.05", "--device=cpu"]
+       "--epochs=1", "--decay-epochs=2", "--device=cpu"]
+SAVING = ["--save-every=2", "--save-minutes=0.05"]  # is given at each start
 PEACE = Path("peace")  # a run left in peace
 BROKEN = []            # promises
 
@@ -80,7 +81,7 @@ def insert(owner, name, nth, number):
 
 
 def new(out, hook=None):
-    return Program(f"--dataA={A}", *RUN, f"--out={out}", hook=hook)
+    return Program(f"--dataA={A}", *RUN, *SAVING, f"--out={out}", hook=hook)
 
 
 def expect(true, what):
@@ -107,7 +108,7 @@ def finish(out, how, may_lose="nothing"):
         grows = re.search("part$|latest.pt|losses|gif", name)
         expect(grows or before[name] == whole.get(name), f"{how}: {name} differs at first")
     begun = "latest.pt" in before
-    status, _, err = (Program(f"--resume={out}") if begun else new(out)).end()
+    status, _, err = (Program(f"--resume={out}", *SAVING) if begun else new(out)).end()
     expect(status == 0, f"{how}: {err}")
     after = contents(out)
     for name in sorted(whole.keys() | after.keys()):
@@ -177,7 +178,8 @@ def disks(count=6):
 
 def memory(steps=36_000):
     """Memory and open files over many small steps, an hour's at ten a second."""
-    process = Program(f"--dataA={A}", *RUN, f"--epochs={steps // EPOCH}", "--out=long").process
+    process = Program(f"--dataA={A}", *RUN, *SAVING, f"--epochs={steps // EPOCH}",
+                      "--out=long").process
     used, files, here = [], [], Path(f"/proc/{process.pid}")
     while process.is_alive():
         used.append(int((here / "statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
