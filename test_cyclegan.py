@@ -1556,7 +1556,7 @@ def test_mistakes_in_translating_get_one_sentence_and_leave_nothing_behind(tmp_p
     before, wrong = set(tmp_path.rglob("*")), []
     for line, sentence in TRANSLATING_MISTAKES.items():
         status, out, err = run(tmp_path, line)
-        *usage, said = err.splitlines()
+        *usage, said = err.splitlines() or [""]
         if (status in (0, None) or out or usage and not usage[0].startswith("usage: ")
                 or not re.search(f"^translate.py: .*{sentence}", said)):
             wrong.append((line, status, out, err))
@@ -1869,8 +1869,10 @@ def test_latest_is_never_older_than_the_minutes_asked_for(user):
 
 def test_what_may_change_when_a_run_is_resumed(user):
     shutil.copytree(user / "trained", user / "longer")
-    ok(user, "train.py --resume longer --device cpu --precision bf16 --dataA apples --dataB "
-             "oranges --epochs 6 --decay-epochs 2 --save-every 5 --sample-every 4 --max-steps 999")
+    out = ok(user, "train.py --resume longer --device cpu --precision bf16 --dataA apples --dataB "
+                   "oranges --epochs 6 --decay-epochs 2 --save-every 5 --sample-every 4 "
+                   "--max-steps 999")
+    assert "run longer, at step 12 of 24, on cpu in bf16, processes: 1" in out
     names = files_of(user / "longer").keys() - files_of(user / "trained").keys()
     assert names == {"samples/epoch_0008.png", "epoch_0005.pt"}
     ok(user, f"{NEW} --batch-size 2 --epochs 8 --decay-epochs 1 --max-steps 11 --out sooner")

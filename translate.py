@@ -70,11 +70,11 @@ def newest_run():
     return runs[-1].parent
 
 
-def folder_of_results(args, run, steps):
+def folder_of_results(args, checkpoint, run, steps):
     """--out, or a name made of direction, steps and size, so that different results do not mix."""
     if args.out:
         return args.out
-    name = args.checkpoint.stem if steps is None else steps  # the authors' files have no steps
+    name = checkpoint.stem if steps is None else steps  # the authors' files have no steps
     parts = ["translated", args.direction, name, args.size, args.side_by_side and "side-by-side"]
     return run / "-".join(str(part) for part in parts if part)
 
@@ -161,7 +161,7 @@ def run_program(args):
     checkpoint = args.checkpoint or newest_run()
     generator = cyclegan.load_generator(checkpoint, args.direction, args.device)
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    out = folder_of_results(args, run, generator.steps)
+    out = folder_of_results(args, checkpoint, run, generator.steps)
     found = plan(args.pictures or [training_pictures(generator, run, args.direction)], out,
                  f".{args.format}")
     pairs = [pair for pair in found.items() if args.overwrite or not pair[0].exists()]
