@@ -640,8 +640,11 @@ def save_checkpoint(path, model, place):
     """
     file = io.BytesIO()
     torch.save(place, file)
-    with as_user_error(f"cannot save {path}: `place` must hold plain values and tensors only"):
+    try:
         torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"cannot save {path}: `place` must hold plain values and tensors only, "
+                        "neither NumPy's numbers nor other objects") from error
     file = io.BytesIO()
     torch.save({"config": asdict(model.config), "steps": model.steps, "place": place,
                 "model": model.state_dict(),

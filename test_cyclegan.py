@@ -2098,6 +2098,7 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     "train.py --resume cut": "cut/latest.pt is damaged .*; cut/epoch_0004.pt may be whole: copy it",
     f"{RESUME} --lr 1e-4": "keeps its folder and its settings.*--start-from trained --dataA",
     f"{RESUME} --no-flip": "a resumed run keeps",
+    "train.py --resume foreign": "foreign/latest.pt was not saved by train.py",
     f"{RESUME} --dataA many": r"A, B, processes = \[6, 3, 1\], not \[40, 3, 1\]",
     f"{RESUME} --dataA oranges --dataB apples": r"\[6, 3, 1\], not \[3, 6, 1\]"}
 if not torch.cuda.is_available():
@@ -2111,6 +2112,8 @@ def test_mistakes_get_one_sentence_and_leave_nothing_behind(user):
     (user / "file.zip").write_text("a file")
     shutil.copytree(user / "trained", user / "cut")
     os.truncate(user / "cut" / "latest.pt", 5000)
+    (user / "foreign").mkdir()
+    torch.save(load(user / "trained") | {"place": {"epoch": 1}}, user / "foreign" / "latest.pt")
     small_authors_file(user / "unequal" / "latest_net_G_A.pth")
     torch.save(CycleGAN(Config(24, 28, 1, 2)).G.state_dict(), user / "unequal/latest_net_G_B.pth")
     before, wrong = times_of(user), []

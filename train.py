@@ -418,6 +418,8 @@ def open_run(args, settings):
         earlier = sorted(folder.glob("epoch_*.pt"), key=os.path.getmtime)
         hint = f"; {earlier[-1]} may be whole: copy it over latest.pt" if earlier else ""
         raise UserError(f"{error}{hint}") from error
+    if progress.keys() != {"data", "counts", "history", "sums"}:
+        raise UserError(f"{folder / 'latest.pt'} was not saved by train.py")
     if "epochs" in settings:  # if fewer than already completed, the decay starts now
         done = max((row["epoch"] for row in progress["history"]), default=0)
         settings["epochs"] = max(settings["epochs"], min(done, model.config.epochs))
