@@ -49,7 +49,7 @@ def c7s1(in_channels, k):
 
 
 def d(in_channels, k):
-    """3x3 convolution of stride 2, InstanceNorm, ReLU. d, u and C pad by zeros (authors' code)."""
+    """3x3 convolution, stride 2, InstanceNorm, ReLU. Like u and C it pads with 0 (authors' code)."""
     return [nn.Conv2d(in_channels, k, 3, stride=2, padding=1, bias=False),
             nn.InstanceNorm2d(k), nn.ReLU(inplace=True)]
 
@@ -82,7 +82,7 @@ def C(in_channels, k, stride=2):
 
 
 def initialise(network, rng=None):
-    """Weights: mean 0, standard deviation 0.02 (Sec. 7.1); biases: 0. rng: a torch.Generator."""
+    """Gaussian weights, standard deviation 0.02 (Sec. 7.1), biases 0. rng: a torch.Generator."""
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
