@@ -49,7 +49,7 @@ def c7s1(in_channels, k):
 
 
 def d(in_channels, k):
-    """3x3 convolution, stride 2, InstanceNorm, ReLU. Like u and C it pads with 0 (authors' code)."""
+    """3x3 convolution, stride 2, InstanceNorm, ReLU; padded with 0, as u and C (authors' code)."""
     return [nn.Conv2d(in_channels, k, 3, stride=2, padding=1, bias=False),
             nn.InstanceNorm2d(k), nn.ReLU(inplace=True)]
 
@@ -348,6 +348,7 @@ import os
 import pickle
 import random
 import re
+import stat
 import textwrap
 import warnings
 import zipfile
@@ -811,7 +812,7 @@ def read_picture(path, side=None, squash=False):
     """
     path = Path(path)
     with as_user_error(f"cannot read {path}"):
-        if path.exists() and not path.is_file():  # a pipe would never end
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
             raise ValueError("it is not a file")
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF" or re.search(";16[BLN]", str(image.tile)):

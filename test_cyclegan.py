@@ -1816,8 +1816,8 @@ def times_of(folder):
 def test_a_finished_run_that_is_resumed_stays_as_it_is(user):
     before = times_of(user / "trained")
     out = ok(user, "train.py --resume trained --save-every 1")
-    assert "nothing is left to train: trained is at step 12 of 12; for more, raise --epochs, " \
-           "now 2: python train.py --resume trained --epochs ..." in out
+    assert "nothing is left to train: trained is at step 12 of 12; for more, raise --epochs: " \
+           "python train.py --resume trained --epochs ..." in out
     assert times_of(user / "trained") == before
 
 
@@ -1989,7 +1989,8 @@ def test_memory_that_runs_out_gets_one_sentence(user):
 
 @pytest.mark.parametrize("lr", ["1e30", "1e39"])
 def test_training_that_diverges_says_so_and_keeps_its_last_good_checkpoint(user, lr):
-    status, out, err = run(user, f"{NEW} --lr {lr} --save-minutes 0 --max-steps 9 --out diverged-{lr}")
+    line = f"{NEW} --lr {lr} --save-minutes 0 --max-steps 9 --out diverged-{lr}"
+    status, out, err = run(user, line)
     saved = load(user / f"diverged-{lr}")
     assert status == 1 and all(weight.isfinite().all() for weight in saved["model"].values())
     assert re.match("train.py: training has diverged by step [1-6]: start again with a lower --lr "

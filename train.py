@@ -378,7 +378,8 @@ def new_folder(out, data, config):
             folder.mkdir(parents=True, exist_ok=out is not None)
         lock(folder)
         if any(not path.match("latest.pt.*.part") for path in folder.iterdir()):  # of a killed one
-            raise UserError(f"--out {out} is not empty; choose another, or use --resume {out}")
+            hint = f", or use --resume {out}" if (folder / "latest.pt").exists() else ""
+            raise UserError(f"--out {out} is not empty; choose another{hint}")
         if not data:
             scenes.draw_pictures(folder, config.load_size)
     if WORLD > 1:
@@ -585,8 +586,9 @@ def run_program(args, settings):
     run = (open_run if args.resume else new_run)(args, settings)
     model = run.model
     if model.steps >= run.last_step:
+        flag = "--epochs" if run.last_step == run.total_steps else "--max-steps"
         log(f"nothing is left to train: {run.folder} is at step {model.steps} of {run.last_step}; "
-            f"for more, raise --epochs, now {model.config.epochs}: {run.command} --epochs ...")
+            f"for more, raise {flag}: {run.command} {flag} ...")
         return 0
     log(f"run {run.folder}, at step {model.steps} of {run.last_step}, on {model.device} in "
         f"{model.precision}, processes: {WORLD}\n"
