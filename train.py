@@ -221,8 +221,9 @@ class Pictures:
             except UserError as error:
                 if getattr(error.__cause__, "errno", None):
                     raise
-                if self.damaged.setdefault(path, error) is error:  # the first thread says it
-                    log(f"skipped: {error}")
+                line = f"skipped: {error}"
+                if self.damaged.setdefault(path, line) is line:  # the first thread says it
+                    log(line)
         raise UserError(f"no picture in {self.folder} can be read")
 
     def read_file(self, path):
@@ -569,7 +570,9 @@ def signals_to_stop():
     def answer():  # in a thread, as the main one may be deep in a step
         listening.recv(1)
         os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
-        os._exit(128 + listening.recv(1)[0])
+        while listening.recv(1)[0] != signal.SIGINT:
+            pass  # a closed terminal sends SIGHUP twice
+        os._exit(128 + signal.SIGINT)
 
     told.setblocking(False)
     signal.set_wakeup_fd(told.detach())
