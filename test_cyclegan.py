@@ -2101,6 +2101,7 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     "train.py --resume cut": "cut/latest.pt is damaged .*; cut/epoch_0004.pt may be whole: copy it",
     f"{RESUME} --lr 1e-4": "keeps its folder and its settings.*--start-from trained --dataA",
     f"{RESUME} --no-flip": "a resumed run keeps",
+    f"{RESUME} --device gpu": "or mps, not gpu$",  # and no word of an earlier checkpoint
     "train.py --resume foreign": "foreign/latest.pt was not saved by train.py",
     f"{RESUME} --dataA many": r"A, B, processes = \[6, 3, 1\], not \[40, 3, 1\]",
     f"{RESUME} --dataA oranges --dataB apples": r"\[6, 3, 1\], not \[3, 6, 1\]"}

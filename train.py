@@ -144,9 +144,11 @@ class Run:
         for _, future in cyclegan.prefetch(self.batch, steps, AHEAD):
             try:
                 x, y = future.result()
-            except (MemoryError, UserError) as error:  # a drive was unplugged, for instance
+            except (MemoryError, RuntimeError, UserError) as error:  # a drive was unplugged, say
                 if RANK == 0:
                     self.save(must=True)
+                if not isinstance(error, UserError) and not cyclegan.out_of_memory(error):
+                    raise
                 raise UserError(f"{str(error) or 'out of memory'}; once this is fixed, continue "
                                 f"from the last checkpoint: {self.last_saved}") from error
             yield x, y
@@ -334,7 +336,8 @@ def new_run(args, settings):
         raise UserError("--dataA and --dataB are both needed: training takes pictures of A and B")
     if args.start_from and {"width", "blocks"} & settings.keys():
         raise UserError("--width and --blocks follow from --start-from; leave them out")
-    networks, before = start_from(args.start_from) if args.start_from else ({}, {})
+    networks, before = (
+        start_from(args.start_from, args.device) if args.start_from else ({}, {}))
     if not data:  # the demo
         before = {**scenes.SETTINGS, "load_size": scenes.SETTINGS["image_size"]}
     if "image_size" in settings:
@@ -348,15 +351,15 @@ def new_run(args, settings):
     return Run(args, folder, model, A, B, data or scenes.FOLDERS)
 
 
-def start_from(path):
+def start_from(path, device):
     """The networks of a run or of the authors' files, by name, and the settings they have."""
-    G = cyclegan.load_generator(path, "AtoB", "cpu")
+    G = cyclegan.load_generator(path, "AtoB", device)
     networks = {"G": G}
     if G.config:
-        model, _ = cyclegan.load_checkpoint(path, "cpu", kind=MODEL)
+        model, _ = cyclegan.load_checkpoint(path, device, kind=MODEL)
         networks = {name: getattr(model, name) for name in ("G", "F", "D_X", "D_Y")}
     elif (path / "latest_net_G_B.pth").is_file():
-        networks["F"] = cyclegan.load_generator(path, "BtoA", "cpu")
+        networks["F"] = cyclegan.load_generator(path, "BtoA", device)
         if networks["F"].settings != G.settings:
             raise UserError(f"the generators in {path} differ: {G.settings}, "
                             f"{networks['F'].settings}; start from one of the files")
@@ -411,15 +414,18 @@ def open_run(args, settings):
                         "to go back to an earlier checkpoint, copy it over its latest.pt")
     if RANK == 0:
         lock(folder)
-        for part in folder.rglob("*.[0-9]*.part"):  # of saves that were killed
-            part.unlink(missing_ok=True)
+        for place in (folder, folder / "samples"):
+            for part in place.glob("*.[0-9]*.part"):  # of saves that were killed
+                part.unlink(missing_ok=True)
+    cyclegan.choose_device(args.device, args.precision, args.compile)  # whose errors come first
     try:
         model, progress = cyclegan.load_checkpoint(
             folder, args.device, args.precision, args.compile, MODEL)
     except UserError as error:
         earlier = sorted(folder.glob("epoch_*.pt"), key=os.path.getmtime)
-        hint = f"; {earlier[-1]} may be whole: copy it over latest.pt" if earlier else ""
-        raise UserError(f"{error}{hint}") from error
+        if not earlier or "damaged" not in str(error):
+            raise
+        raise UserError(f"{error}; {earlier[-1]} may be whole: copy it over latest.pt") from error
     if progress.keys() != {"data", "counts", "history", "sums"}:
         raise UserError(f"{folder / 'latest.pt'} was not saved by train.py")
     if "epochs" in settings:  # if fewer than already completed, the decay starts now
