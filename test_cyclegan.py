@@ -2270,7 +2270,7 @@ def test_programs_in_the_documentation_compute_what_they_promise(user, tmp_path)
         shutil.copytree(user / "oranges", tmp_path / name)
     shutil.copy(user / "oranges" / "oranges 0.png", tmp_path / "photo.jpg")
     shutil.copytree(user / "oranges", tmp_path / "test-apples")
-    shutil.copytree(user / "apples", tmp_path / "test-oranges")
+    shutil.copytree(user / "oranges", tmp_path / "test-oranges")
     road, car, void = (128, 64, 128), (0, 0, 142), (0, 0, 0)
     for name, row, kind in (
             ("truth/a.png", [road, road, road, car, void], np.uint8),
