@@ -140,7 +140,7 @@ class Discriminator(nn.Module):
 
 
 # ---- Losses (Sec. 3, 4 and 5.2) ------------------------------------------------------------------
-# Every loss, ||.||_1 too, is a mean over images, channels, height and width (authors' code).
+# Every loss, the L1 norms included, is a mean over images, channels, H and W (authors' code).
 REAL, FAKE = 1.0, 0.0
 
 
@@ -152,8 +152,8 @@ def adversarial_loss(scores, target, objective="lsgan"):
         "log" (Eq. 1)        -log(p)        -log(1 - p)      where p = sigmoid(scores)
 
     In D_Y's loss y has the target REAL and G(x) has FAKE; in G's loss G(x) has REAL. So with "log"
-    G minimises -log(p) (authors' code), not Eq. 1's log(1 - p), whose derivative by s, -p, vanishes
-    as long as D rejects all fakes. Raises ValueError for any other objective.
+    G minimises -log(p) (authors' code), not Eq. 1's log(1 - p), whose derivative with respect to s,
+    -p, vanishes while D confidently rejects fakes. Raises ValueError for any other objective.
     """
     if objective == "lsgan":
         return (scores - target).square().mean()
@@ -174,7 +174,7 @@ def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
 
 def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
     """What D minimises: ((D(real) - 1)^2 + D(fake)^2) / 2, or its "log" counterpart. -> scalar
-    Halved to slow D down (Sec. 7.1). Adam divides by the gradient's size, so it hardly does."""
+    Halved to slow D down (Sec. 7.1), but Adam's step hardly depends on the scale of a loss."""
     return 0.5 * (adversarial_loss(real_scores, REAL, objective)
                   + adversarial_loss(fake_scores, FAKE, objective))
 
@@ -256,8 +256,8 @@ def learning_rate(config, epoch):
 
 
 def minimise(losses, optimizer, lr):
-    """One Adam step on the sum of {name: loss}. -> the losses, detached. `inputs`: gradients are
-    computed only for what this optimizer moves. The loss of G and F passes through D_X and D_Y."""
+    """One Adam step on the sum of {name: loss}. -> the losses, detached. Without `inputs`, the loss
+    of G and F would also compute gradients for D_X and D_Y, through which it passes."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -295,7 +295,7 @@ class CycleGAN(nn.Module):
         self.adam_D = torch.optim.Adam([*self.D_X.parameters(), *self.D_Y.parameters()], **adam)
 
     def step(self, x, y, lr, rng):
-        """One step of training (Eq. 4): G and F learn, then D_X and D_Y, each pair on its losses.
+        """One step of training (Eq. 4): updates G and F, then D_X and D_Y.
 
         x, y: (N, 3, image_size, image_size), chosen independently. rng: a random.Random. Returns
         {name: detached scalar}: gan, cycle, identity (all three weighted), D_X, D_Y.
@@ -364,6 +364,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from torch import distributed
 from torch.nn.functional import conv2d, pad
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 # ---- Errors and settings -------------------------------------------------------------------------
 
@@ -416,7 +417,7 @@ def check(config):
             raise UserError(f"{name} must be {rule}, not {getattr(c, name)!r}")
 
 
-# ---- Layers, made faster -------------------------------------------------------------------------
+# ---- Faster layers -------------------------------------------------------------------------------
 
 
 class InstanceNorm(nn.InstanceNorm2d):
@@ -456,7 +457,7 @@ def with_fast_layers(network):
 
 
 def choose_device(device, precision="fp32", compiled=False):
-    """(torch.device, precision); "auto" is CUDA if there is one. Raises UserError."""
+    """The torch.device; "auto" is CUDA if there is one. Raises UserError."""
     if precision not in ("fp32", "bf16"):
         raise UserError(f"precision must be fp32 or bf16, not {precision!r}")
     if str(device) == "auto":
@@ -470,7 +471,7 @@ def choose_device(device, precision="fp32", compiled=False):
         raise UserError(f"compiling (--compile) is for CUDA, not for {device}; leave it out")
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
-    return device, precision
+    return device
 
 
 def in_one_batch(network, *batches):
@@ -479,18 +480,21 @@ def in_one_batch(network, *batches):
 
 
 class FastCycleGAN(CycleGAN):
-    """CycleGAN on a device: three generator calls instead of six, one call of D instead of two.
+    """CycleGAN on a device: three generator calls instead of six, one discriminator call instead
+    of two.
 
     device: "auto" is CUDA if there is one. precision: "fp32", or "bf16", autocast in the networks.
     compiled: on CUDA, compiles the networks and, in one process, captures both updates as CUDA
-    graphs; then config, networks and the shape of batches must stay as they are. Several processes
+    graphs; config, networks and the shape of batches must not change after that. Several processes
     have their own images and buffers, and average their gradients. Networks are changed in place.
-    They must treat each image of a batch alone, so BatchNorm will not do. Raises UserError.
+    They must treat each image of a batch alone, so BatchNorm is refused. Raises UserError.
     """
 
     def __init__(self, config, device="auto", precision="fp32", compiled=False, **networks):
         super().__init__(config, **networks)
-        self.device, self.precision = choose_device(device, precision, compiled)
+        if any(isinstance(layer, BatchNorm) for layer in self.modules()):
+            raise UserError("BatchNorm mixes the images of a batch; use InstanceNorm")
+        self.device, self.precision = choose_device(device, precision, compiled), precision
         self.compiled, self.calls = compiled, 0  # calls: steps since this object was made
         self.steps, self.rank, self.world_size = 0, 0, 1  # steps: done so far
         self.to(self.device)
@@ -512,9 +516,9 @@ class FastCycleGAN(CycleGAN):
             if compiled:
                 network.compile(dynamic=False)
         if compiled:
-            torch._dynamo.config.cache_size_limit = 64  # past 8 sizes, G's and F's, it would stop
+            torch._dynamo.config.cache_size_limit = 64  # one model needs 5 graphs, 8 is the default
         if compiled and type(self) is FastCycleGAN and self.world_size == 1:
-            stream = torch.cuda.Stream(self.device)  # a subclass's own Python would be frozen
+            stream = torch.cuda.Stream(self.device)  # a subclass's Python would run only once, in the capture
             self.update_G_F = CudaGraph(self.update_G_F, stream)
             self.update_D = CudaGraph(self.update_D, stream)
 
@@ -530,11 +534,9 @@ class FastCycleGAN(CycleGAN):
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be a number from 0 on, not {lr}")
         for images in (x, y):
-            if images.device.type == "cpu" and not images.abs().amax() <= 1:  # a GPU would wait
+            if images.device.type == "cpu" and not images.abs().amax() <= 1:  # a GPU would synchronise
                 raise ValueError("x and y must lie in [-1, 1]")
         rng = random.Random(f"{self.config.seed} {self.steps} {self.rank}")
-        if self.compiled:  # a graph would freeze a number
-            lr = torch.full((), lr, dtype=torch.float32, device=self.device)
         try:
             losses = self.step(x.to(self.device), y.to(self.device), lr, rng)
         except Exception as error:  # a driver, Triton, a compiler: each fails in its own way
@@ -579,16 +581,18 @@ def forward_in_bf16(network, images):
 
 
 class CudaGraph:
-    """A function of CUDA tensors; from its fourth call on, a CUDA graph of it is replayed.
+    """A function of CUDA tensors and numbers; from its fourth call on, a CUDA graph is replayed.
 
-    The first three calls compile, choose kernels, make Adam's moments. Results are copies. Raises
-    ValueError for tensors of another shape than at first.
+    The first three calls warm up: compilation, cuDNN's choice of kernels, Adam's state. Results are
+    copies. Raises ValueError for tensors of another shape than at first.
     """
 
     def __init__(self, function, stream):
         self.function, self.stream, self.calls = function, stream, 0
 
     def __call__(self, *inputs):
+        inputs = [value if torch.is_tensor(value)  # a captured graph bakes a Python number in
+                  else torch.full((), value, device=self.stream.device) for value in inputs]
         if self.calls == 0:
             self.inputs = [tensor.clone() for tensor in inputs]
         for static, tensor in zip(self.inputs, inputs, strict=True):
@@ -705,7 +709,7 @@ def load_generator(path, direction="AtoB", device="auto"):
     """
     if direction not in ("AtoB", "BtoA"):
         raise ValueError(f'direction must be "AtoB" or "BtoA", not {direction!r}')
-    path, (device, _) = Path(path), choose_device(device)
+    path, device = Path(path), choose_device(device)
     if path.is_dir():
         names = "latest.pt", f"latest_net_G_{direction[0]}.pth", "latest_net_G.pth"
         files = [path / name for name in names if (path / name).is_file()]
@@ -753,7 +757,7 @@ def authors_generator(saved):
     weights = {key: value for key, value in weights.items()
                if key in own or not key.endswith(without_effect) and key != "n_averaged"}
     if weights.keys() != own:
-        raise ValueError(f"it lacks, or has besides, {min(weights.keys() ^ own)}")
+        raise ValueError(f"missing or unexpected key {min(weights.keys() ^ own)}")
     generator.load_state_dict(weights)
     return generator, settings
 

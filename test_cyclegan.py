@@ -333,6 +333,9 @@ def test_weights_start_from_a_normal_of_2_percent():
         elif parameter.numel() > 10_000:  # the standard error of a deviation is 1 / sqrt(2 n)
             assert abs(parameter.std().item() / 0.02 - 1) < 0.03
             assert abs(parameter.mean()) < 1e-3
+    norm = nn.InstanceNorm2d(4, affine=True)  # of a network of one's own
+    cyclegan.initialise(norm)
+    assert (norm.weight == 1).all()
 
 
 def values_and_gradients(network):
@@ -492,6 +495,8 @@ def own_networks():
 
 
 def test_networks_of_ones_own_train_and_are_saved(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="^BatchNorm mixes the images of a batch"):
+        FastCycleGAN(Config(**TINY), "cpu", D_X=nn.Sequential(nn.BatchNorm2d(3)))
     path, empty = tmp_path / "mine.pt", nn.Sequential()  # which is False
     assert CycleGAN(Config(**TINY), G=empty).G is empty
     model = FastCycleGAN(Config(**TINY), "cpu", **own_networks())
@@ -613,11 +618,12 @@ class OnStandIns(cyclegan.CudaGraph):
 @pytest.fixture
 def on_stand_ins(monkeypatch):
     """Makes a compiled FastCycleGAN on the CPU, without CUDA's streams and graphs."""
-    for name in ("Stream", "stream", "current_stream", "graph"):
+    for name in ("stream", "current_stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: MagicMock(device=device))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", MagicMock)
     monkeypatch.setattr(cyclegan, "CudaGraph", OnStandIns)
-    monkeypatch.setattr(cyclegan, "choose_device", lambda *_: (torch.device("cpu"), "fp32"))
+    monkeypatch.setattr(cyclegan, "choose_device", lambda *_: torch.device("cpu"))
 
     def make(backend, kind=FastCycleGAN):
         torch.compiler.reset()
@@ -652,6 +658,7 @@ def test_compiled_and_captured_steps_are_those_of_the_literal_twin(on_stand_ins)
     assert_steps_of_the_twin(model)
     for update in (model.update_G_F, model.update_D):
         assert update.graph.replay == update.replay  # it was captured, and once
+    model.step(*batch(0), 2e-4, random.Random(0))  # as in Part I
     # One graph without a break for each kind of network and size: 1, 2 and 3, and 1 and 2.
     assert graphs.frame_count == 5
     cyclegan.translate(model.G.float(), np.zeros((3, 40, 36, 3), np.uint8))
@@ -1448,8 +1455,8 @@ def test_results_that_exist_are_kept_and_a_stopped_call_goes_on(photos):
     (out / "b.png").write_text("of somebody else")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     said = ok(photos, PHOTOS)
-    assert f"\n{len(before)} of the results exist in {name} and are kept; --overwrite makes " \
-           f"them anew\n" in said and said.startswith("trained, at step 8, AtoB, pictures: 3\n")
+    assert f"\n{len(before)} of the results exist in {name} and are kept; use --overwrite to " \
+           f"redo them\n" in said and said.startswith("trained, at step 8, AtoB, pictures: 3\n")
     assert said.endswith(f"{3 - len(before)} translated into {name}, 0 skipped\n")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     ok(photos, f"{PHOTOS} --overwrite")
@@ -1980,6 +1987,9 @@ def test_memory_that_runs_out_gets_one_sentence(user):
     assert status == 1 and err.startswith("train.py: out of memory") and "skipped" not in out
     step = load(user / "reading")["steps"]
     assert f"step {step} (python train.py --resume reading)\n" in err and err.count("\n") == 1
+    first = "at_step(2, lambda: setattr(cyclegan, 'to_tensor', lambda *_: torch.empty(10**15)))"
+    status, out, err = run(user, f"{NEW} --out tensors", first)
+    assert status == 1 and "allocate" in err and load(user / "tensors")["steps"] > 1
     fails = "def fails(*_):\n    cyclegan.{0} = save\n    raise MemoryError\n" \
             "save = cyclegan.{0}\nat_step(1, lambda: setattr(cyclegan, '{0}', fails))"
     for k, name in enumerate(("save_checkpoint", "with_titles")):
@@ -2085,11 +2095,11 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     f"{ONE} --out trained": "--out trained is not empty; .*--resume trained",
     f"{ONE} --out downloads": "--out downloads is not empty",
     f"{ONE} --image-size 26": "image_size must be a multiple of 4 from 24 on, not 26",
-    f"{ONE} --image_sise 32": "not understood: --image_sise 32; --help",
-    f"{ONE} --flip false": "not understood: false; .*--flip, --no-flip and --squash take no value",
-    f"{ONE} --save-every 0": "argument --save-every: must be at least 1, not 0",
-    f"{ONE} --save-minutes -3": "argument --save-minutes: .*-3",
-    f"{ONE} --save-minutes nan": "argument --save-minutes: .*nan",
+    f"{ONE} --image_sise 32": "unrecognized arguments: --image_sise 32; --help",
+    f"{ONE} --flip false": "unrecognized arguments: false; .*, --no-flip and --squash take no value",
+    f"{ONE} --save-every 0": "--max-steps, --save-every and --sample-every must be at least 1",
+    f"{ONE} --save-minutes -3": "--save-minutes at least 0",
+    f"{ONE} --save-minutes nan": "--save-minutes at least 0",
     f"{ONE} --device gpu": "device must be auto, cpu, cuda .* or mps, not gpu",
     f"{ONE} --device cpu --compile": "compiling .--compile. is for CUDA, not for cpu",
     "train.py --start-from trained": "--dataA and --dataB are both needed",

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -185,10 +185,10 @@ class Run:
         """Writes a checkpoint. If that fails, training goes on, unless it `must` be written."""
         self.stop_if_diverged()
         self.sums = {loss: float(total) for loss, total in self.sums.items()}
-        progress = {key: getattr(self, key) for key in ("data", "counts", "history", "sums")}
+        place = {key: getattr(self, key) for key in ("data", "counts", "history", "sums")}
         self.save_time = time.perf_counter()
         with errors_as_notes(must and f"; the last whole checkpoint: {self.last_saved}"):
-            cyclegan.save_checkpoint(self.folder / name, self.model, progress)
+            cyclegan.save_checkpoint(self.folder / name, self.model, place)
             if name == "latest.pt":
                 self.last_saved = f"step {self.model.steps} ({self.command})"
 
@@ -207,7 +207,7 @@ class Pictures:
         first = [self.read(k) for k in range(min(8, len(self.paths)))]
         if np.median([np.percentile(picture, 90) for picture in first]) < 26:
             log(f"note: the pictures in {folder} are nearly black, most values below a tenth of "
-                "white; spread label maps and depth over 0 to 255 first")
+                "white; rescale label maps and depth to 0 to 255 first")
 
     def read(self, number):
         """A picture, (H, W, 3) uint8, at the scale of training; if it is damaged, the next one.
@@ -216,26 +216,24 @@ class Pictures:
         """
         for k in range(number, number + len(self.paths)):
             path = self.paths[k % len(self.paths)]
+            if path in self.cache:
+                return self.cache[path]
             if path in self.damaged:
                 continue
             try:
-                return self.read_file(path)
+                picture = cyclegan.read_picture(path, self.config.load_size, self.config.squash)
             except UserError as error:
                 if getattr(error.__cause__, "errno", None):
                     raise
                 line = f"skipped: {error}"
                 if self.damaged.setdefault(path, line) is line:  # the first thread says it
                     log(line)
+                continue
+            if picture.nbytes <= self.free_bytes:
+                self.cache[path] = picture
+                self.free_bytes -= picture.nbytes
+            return picture
         raise UserError(f"no picture in {self.folder} can be read")
-
-    def read_file(self, path):
-        if path in self.cache:
-            return self.cache[path]
-        picture = cyclegan.read_picture(path, self.config.load_size, self.config.squash)
-        if picture.nbytes <= self.free_bytes:
-            self.cache[path] = picture
-            self.free_bytes -= picture.nbytes
-        return picture
 
     def crop(self, number, rng=None):
         """A square of image_size, anywhere, perhaps mirrored; without rng the one in the middle."""
@@ -263,7 +261,7 @@ def open_pictures(data, config):
 
 
 def save_samples(run):
-    """Writes the samples of an epoch, or within the first one of a step."""
+    """Writes samples/epoch_0003.png, or within the first epoch samples/epoch_0000_step_030.png."""
     epoch, k = divmod(run.model.steps, run.epoch_steps)
     name = f"epoch_{epoch:04}" + (f"_step_{run.model.steps:03}" if k else "")
     with errors_as_notes():
@@ -404,8 +402,8 @@ def lock(folder):
 
 def open_run(args, settings):
     """Loads a run from its folder; only the epochs may change. Raises UserError."""
-    folder, fixed = args.resume, settings.keys() - {"epochs", "decay_epochs"}
-    if fixed or args.out or args.start_from:
+    folder, refused = args.resume, settings.keys() - {"epochs", "decay_epochs"}
+    if refused or args.out or args.start_from:
         raise UserError("a resumed run keeps its folder and its settings, except --epochs and "
                         f"--decay-epochs; a new run may start from it: --start-from {folder} "
                         "--dataA ... --dataB ...")
@@ -414,28 +412,28 @@ def open_run(args, settings):
                         "to go back to an earlier checkpoint, copy it over its latest.pt")
     if RANK == 0:
         lock(folder)
-        for place in (folder, folder / "samples"):
-            for part in place.glob("*.[0-9]*.part"):  # of saves that were killed
+        for parent in (folder, folder / "samples"):
+            for part in parent.glob("*.[0-9]*.part"):  # of saves that were killed
                 part.unlink(missing_ok=True)
     cyclegan.choose_device(args.device, args.precision, args.compile)  # whose errors come first
     try:
-        model, progress = cyclegan.load_checkpoint(
+        model, place = cyclegan.load_checkpoint(
             folder, args.device, args.precision, args.compile, MODEL)
     except UserError as error:
         earlier = sorted(folder.glob("epoch_*.pt"), key=os.path.getmtime)
         if not earlier or "damaged" not in str(error):
             raise
         raise UserError(f"{error}; {earlier[-1]} may be whole: copy it over latest.pt") from error
-    if progress.keys() != {"data", "counts", "history", "sums"}:
+    if set(place or ()) != {"data", "counts", "history", "sums"}:
         raise UserError(f"{folder / 'latest.pt'} was not saved by train.py")
     if "epochs" in settings:  # if fewer than already completed, the decay starts now
-        done = max((row["epoch"] for row in progress["history"]), default=0)
+        done = max((row["epoch"] for row in place["history"]), default=0)
         settings["epochs"] = max(settings["epochs"], min(done, model.config.epochs))
     model.config = replace(model.config, **settings)
-    moved = zip((args.dataA, args.dataB), progress.pop("data"), strict=True)
+    moved = zip((args.dataA, args.dataB), place.pop("data"), strict=True)
     data = [os.path.realpath(new) if new else old for new, old in moved]
     A, B = open_pictures([folder / path for path in data], model.config)
-    return Run(args, folder, model, A, B, data, **progress)
+    return Run(args, folder, model, A, B, data, **place)
 
 
 # ---- Several processes ---------------------------------------------------------------------------
@@ -494,45 +492,36 @@ def parse():
     add("--device", default="auto", metavar="auto|cpu|cuda|mps",
         help="where to compute; cuda:1 is the second GPU (default: cuda if there is one)")
     add("--precision", default="fp32", choices=("fp32", "bf16"),
-        help="arithmetic of the networks (default: fp32)")
+        help="fp32, in which PyTorch lets recent GPUs convolve in TF32, or bf16 (default: fp32)")
     add("--compile", action="store_true",
         help="on CUDA, compile the networks and capture the step: a slow start, then fast steps")
-    add("--max-steps", type=positive, default=math.inf, metavar="N",
+    add("--max-steps", type=int, default=math.inf, metavar="N",
         help="stop after step N of the run, to continue later (default: after all epochs)")
-    add("--save-every", type=positive, default=50, metavar="N",
+    add("--save-every", type=int, default=50, metavar="N",
         help="keep every Nth epoch's checkpoint as epoch_0050.pt and so on (default: 50)")
-    add("--save-minutes", type=minutes, default=10, metavar="M",
+    add("--save-minutes", type=float, default=10, metavar="M",
         help="write latest.pt every M minutes, and at the end; 0: after each step (default: 10)")
-    add("--sample-every", type=positive, default=1, metavar="N",
+    add("--sample-every", type=int, default=1, metavar="N",
         help="draw samples after every Nth epoch, and at the end (default: 1)")
     add = parser.add_argument_group("settings").add_argument
     kinds = {int: {"type": int, "metavar": "N"}, float: {"type": float, "metavar": "VALUE"},
              str: {"metavar": "lsgan|log"}, bool: {"action": argparse.BooleanOptionalAction}}
     for f in fields(Config):
-        usual = "" if f.default is None else f" (default: {f.default})"
-        add(f"--{f.name.replace('_', '-')}", help=f.metadata["help"] + usual,
+        default = "" if f.default is None else f" (default: {f.default})"
+        add(f"--{f.name.replace('_', '-')}", help=f.metadata["help"] + default,
             default=argparse.SUPPRESS, **kinds[f.type])
     args, unknown = parser.parse_known_args()
     if unknown:
-        parser.error(f"not understood: {shlex.join(unknown)}; --help lists all flags, of which "
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}; --help lists all flags, of which "
                      "--flip, --no-flip and --squash take no value")
+    if min(args.max_steps, args.save_every, args.sample_every) < 1 or not args.save_minutes >= 0:
+        parser.error("--max-steps, --save-every and --sample-every must be at least 1, "
+                     "--save-minutes at least 0")
     return args, {f.name: getattr(args, f.name) for f in fields(Config) if f.name in args}
 
 
 def path(text):
     return Path(os.path.expanduser(text))
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
-def minutes(text):
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes, not {text}")
-    return float(text)
 
 
 def log(line, transient=False):
@@ -575,7 +564,8 @@ def signals_to_stop():
 
     def answer():  # in a thread, as the main one may be deep in a step
         listening.recv(1)
-        os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
+        with suppress(OSError):  # the terminal itself may have gone
+            os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
         while listening.recv(1)[0] != signal.SIGINT:
             pass  # a closed terminal sends SIGHUP twice
         os._exit(128 + signal.SIGINT)

@@ -85,7 +85,7 @@ def training_pictures(generator, run, direction):
         raise UserError(f"{run} is not a run; name the pictures to translate")
     folder = run / generator.place["data"][direction == "BtoA"]
     if not folder.is_dir():
-        raise UserError(f"the pictures of {run} are no longer in {folder}; name others")
+        raise UserError(f"the pictures of {run} are no longer in {folder}; name other pictures")
     return folder
 
 
@@ -122,7 +122,8 @@ def plan(inputs, out, suffix):
 def translate_all(generator, pairs, args):
     """Yields (target, result) for each (target, source), except for those that are skipped."""
     titles = ("x", "G(x)") if args.direction == "AtoB" else ("y", "F(y)")
-    for (target, source), reading in cyclegan.prefetch(read, pairs, AHEAD):
+    reads = cyclegan.prefetch(lambda pair: cyclegan.read_picture(pair[1]), pairs, AHEAD)
+    for (target, source), reading in reads:
         try:
             picture = reading.result()
             result = translate_photo(generator, picture, args.size)
@@ -132,10 +133,6 @@ def translate_all(generator, pairs, args):
             skip(error, source)
             continue
         yield target, result
-
-
-def read(pair):
-    return cyclegan.read_picture(pair[1])
 
 
 def write(pair):
@@ -171,7 +168,7 @@ def run_program(args):
     print(f"{checkpoint}, {trained}, {args.direction}, pictures: {len(found):,}", flush=True)
     if len(pairs) < len(found):
         print(f"{len(found) - len(pairs):,} of the results exist in {out} and are kept; "
-              "--overwrite makes them anew", flush=True)
+              "use --overwrite to redo them", flush=True)
     if not generator.config and not args.size:
         print("note: these weights do not say at what scale they were trained; 256 pixels are "
               "assumed, --size sets another", flush=True)
@@ -202,7 +199,7 @@ def parse():
         help="what to translate (default: the pictures that the run was trained on)")
     add("--out", type=path, metavar="FOLDER", help="folder of the results "
         "(default: in the run's folder, as translated-AtoB-5600)")
-    add("--overwrite", action="store_true", help="make results anew that exist already")
+    add("--overwrite", action="store_true", help="redo results that exist already")
     add("--format", default="png", choices=("png", "jpg"), help="of the results")
     add("--side-by-side", action="store_true", help="put each picture next to its translation")
     add("--size", type=shorter_side, metavar="N|full",

@@ -73,13 +73,12 @@ def paint(scene, kind, side):
 
 
 def draw_pictures(folder, side, count=200):
-    """Writes the demo's pictures that a run's folder lacks. A and B show different scenes."""
+    """Writes the demo's pictures into a run's folder. A and B show different scenes."""
     for domain, name in enumerate(FOLDERS):
         for i in range(count):
             path = folder / name / f"{i:03}.png"
-            if not path.exists():
-                scene = draw_scene(np.random.default_rng([domain, i]))
-                cyclegan.write_file(path, cyclegan.png(paint(scene, path.parent.name, side)))
+            scene = draw_scene(np.random.default_rng([domain, i]))
+            cyclegan.write_file(path, cyclegan.png(paint(scene, path.parent.name, side)))
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
