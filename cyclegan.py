@@ -24,8 +24,8 @@ An image is named after the domain it should lie in, so G makes every _y and F e
 
 Identity: F makes apples, so it should leave an apple as it is. That preserves colours. It is on by
 default in the authors' code, in the paper only for paintings and flowers; its weight 5 is the
-cycle's 10 times lambda_identity = 0.5. Then D_Y learns from y and from fake_y, a new or an earlier
-one out of a buffer (Sec. 4), D_X from x and fake_x. Images: (N, 3, H, W) tensors in [-1, 1].
+cycle's 10 times lambda_identity = 0.5. Then D_Y learns from y and fake_y, D_X from x and fake_x.
+A buffer supplies these fakes, new and earlier ones (Sec. 4). Images: (N, 3, H, W) in [-1, 1].
 """
 
 from dataclasses import dataclass, field
@@ -86,15 +86,15 @@ def initialise(network, rng=None):
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-        elif parameter.dim() > 1:  # the scale of a norm, in a network of yours, stays 1
+        elif parameter.dim() > 1:  # a norm's scale, if it has one (ours have none), stays 1
             nn.init.normal_(parameter, 0.0, 0.02, generator=rng)
 
 
 class Generator(nn.Module):
     """c7s1-64, d128, d256, R256 x blocks, u128, u64, c7s1-3 (Sec. 7.2; width is 64).
 
-    (N, 3, H, W) images -> the same shape. Raises ValueError unless H and W are multiples of 4 and
-    at least 8, as R pads by reflection. Only tanh follows the last convolution (authors' code).
+    (N, 3, H, W) images -> the same shape. Only tanh follows the last convolution (authors' code).
+    ValueError unless H and W are multiples of 4 (they are halved twice), at least 8 (R pads).
     """
 
     def __init__(self, width=64, blocks=9, rng=None):
@@ -120,8 +120,8 @@ class Discriminator(nn.Module):
     """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2; width is 64).
 
     (N, 3, H, W) images -> (N, 1, H', W') scores, one per patch of 70 x 70 pixels, high for real. No
-    sigmoid. C64 has no norm. C512 has stride 1 (authors' code): 2 would give patches of 94 x 94.
-    Why 70: from the last layer back it sees 4, 7, 16, 34, 70, as n becomes stride * (n - 1) + 4.
+    sigmoid. C64 has no norm. C512 has stride 1 (authors' code); the paper's 2 would give 94 x 94.
+    Why 70: n outputs of a layer see stride * (n - 1) + 4 inputs: going back, 4, 7, 16, 34, 70.
     """
 
     def __init__(self, width=64, rng=None):
@@ -152,8 +152,8 @@ def adversarial_loss(scores, target, objective="lsgan"):
         "log" (Eq. 1)        -log(p)        -log(1 - p)      where p = sigmoid(scores)
 
     In D_Y's loss y has the target REAL and G(x) has FAKE; in G's loss G(x) has REAL. So with "log"
-    G minimises -log(p) (authors' code), not Eq. 1's log(1 - p), whose derivative with respect to s,
-    -p, vanishes while D confidently rejects fakes. Raises ValueError for any other objective.
+    G minimises -log(p) (authors' code). Eq. 1 has log(1 - p), whose derivative with respect to s is
+    -p: where D is sure of a fake, G would learn nothing. Raises ValueError for other objectives.
     """
     if objective == "lsgan":
         return (scores - target).square().mean()
@@ -187,10 +187,10 @@ class ImageBuffer:
 
     What a query with a new image n does to a buffer of size 2 (authors' code):
 
-                                        D sees
-        filling     [a]    -> [a, n]    n         while there is room
-        swapping    [a, b] -> [a, n]    b         when full, half of the time; a slot at random
-        passing     [a, b] -> [a, b]    n         when full, the other half; always if size is 0
+                    before    after     D sees    when
+        filling     [a]       [a, n]    n         there is room
+        swapping    [a, b]    [a, n]    b         it is full, half of the time; a slot at random
+        passing     [a, b]    [a, b]    n         it is full, the other half; always if size is 0
     """
 
     def __init__(self, size=50):
@@ -256,8 +256,8 @@ def learning_rate(config, epoch):
 
 
 def minimise(losses, optimizer, lr):
-    """One Adam step on the sum of {name: loss}. -> the losses, detached. Without `inputs`, the loss
-    of G and F would also compute gradients for D_X and D_Y, through which it passes."""
+    """One Adam step on the sum of {name: loss}. -> the losses, detached. The losses of G and F pass
+    through D_X and D_Y; without `inputs`, these would get gradients, too, which nobody needs."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -275,15 +275,15 @@ class CycleGAN(nn.Module):
             for x, y in batches:
                 losses = model.step(x, y, learning_rate(config, epoch), rng)
 
-    An epoch has max(|X|, |Y|) images of each domain: every x, shuffled, repeated if X is smaller;
-    random y, with replacement, so the pairs change (authors' code). You can pass your own networks.
-    train.py runs this step, too; its FastCycleGAN only computes the images in fewer calls.
+    An epoch has max(|X|, |Y|) images of each domain. x runs through X in random order, and starts
+    over if X is smaller; y is drawn from Y with replacement, so pairs change (authors' code). You
+    can pass your own networks. train.py runs this step, too, by way of FastCycleGAN (Part II).
     """
 
     def __init__(self, config, G=None, F=None, D_X=None, D_Y=None):
         super().__init__()
         self.config = config
-        rng = torch.Generator().manual_seed(config.seed)  # random numbers, not a network
+        rng = torch.Generator().manual_seed(config.seed)  # PyTorch's random numbers
         self.G = Generator(config.width, config.blocks, rng) if G is None else G  # X -> Y
         self.F = Generator(config.width, config.blocks, rng) if F is None else F  # Y -> X
         self.D_X = Discriminator(config.width, rng) if D_X is None else D_X  # is it x, or F(y)?
@@ -518,7 +518,7 @@ class FastCycleGAN(CycleGAN):
         if compiled:
             torch._dynamo.config.cache_size_limit = 64  # one model needs 5 graphs, 8 is the default
         if compiled and type(self) is FastCycleGAN and self.world_size == 1:
-            stream = torch.cuda.Stream(self.device)  # a subclass's Python would run only once, in the capture
+            stream = torch.cuda.Stream(self.device)  # a capture would freeze a subclass
             self.update_G_F = CudaGraph(self.update_G_F, stream)
             self.update_D = CudaGraph(self.update_D, stream)
 
@@ -533,8 +533,8 @@ class FastCycleGAN(CycleGAN):
                              f"{[*x.shape]} and {[*y.shape]}")
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be a number from 0 on, not {lr}")
-        for images in (x, y):
-            if images.device.type == "cpu" and not images.abs().amax() <= 1:  # a GPU would synchronise
+        for images in (x, y):  # on a GPU this check would wait for it
+            if images.device.type == "cpu" and not images.abs().amax() <= 1:
                 raise ValueError("x and y must lie in [-1, 1]")
         rng = random.Random(f"{self.config.seed} {self.steps} {self.rank}")
         try:
@@ -646,7 +646,7 @@ def save_checkpoint(path, model, place):
     file = io.BytesIO()
     torch.save(place, file)
     try:
-        torch.load(io.BytesIO(file.getbuffer()), weights_only=True)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"cannot save {path}: `place` must hold plain values and tensors only, "
                         "neither NumPy's numbers nor other objects") from error
@@ -655,7 +655,7 @@ def save_checkpoint(path, model, place):
                 "model": model.state_dict(),
                 "adams": [adam.state_dict()["state"] for adam in (model.adam_GF, model.adam_D)],
                 "buffers": [model.buffer_X.images, model.buffer_Y.images]}, file)
-    write_file(path, file.getbuffer())
+    write_file(path, file.getvalue())
 
 
 def read_checkpoint(path):

@@ -512,7 +512,7 @@ def parse():
             default=argparse.SUPPRESS, **kinds[f.type])
     args, unknown = parser.parse_known_args()
     if unknown:
-        parser.error(f"unrecognized arguments: {shlex.join(unknown)}; --help lists all flags, of which "
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}; --help lists all flags; "
                      "--flip, --no-flip and --squash take no value")
     if min(args.max_steps, args.save_every, args.sample_every) < 1 or not args.save_minutes >= 0:
         parser.error("--max-steps, --save-every and --sample-every must be at least 1, "
