@@ -1,4 +1,4 @@
-"""CycleGAN, to be read alongside its paper: Zhu, Park, Isola, Efros, "Unpaired Image-to-Image
+"""CycleGAN, to be read alongside the paper: Zhu, Park, Isola, Efros, "Unpaired Image-to-Image
 Translation using Cycle-Consistent Adversarial Networks", ICCV 2017, arXiv 1703.10593v7.
 "Sec.", "Eq." and "Fig." are the paper's. "(authors' code)": as in pytorch-CycleGAN-and-pix2pix,
 where the paper is silent or differs. "(ours)": in neither the paper nor that code.
@@ -12,7 +12,7 @@ G: X -> Y and F: Y -> X learn to translate. D_Y learns to tell y from G(x), D_X 
                 |            |                             |            |
           D_Y: real y?    x again?                   D_X: real x?    y again?
 
-An image is named after the domain it should lie in, so G makes every _y and F every _x:
+An image is named after the domain it should belong to, so G makes every _y and F every _x:
 
       image                 should               loss                   weight   who learns from it
       fake_y = G(x)         look like a real y   adversarial, Sec. 4      1      G
@@ -22,7 +22,7 @@ An image is named after the domain it should lie in, so G makes every _y and F e
       same_x = F(x)         equal x              identity, Sec. 5.2       5      F
       same_y = G(y)         equal y              identity, Sec. 5.2       5      G
 
-Identity: F makes apples, so it should leave an apple as it is. That preserves colours. It is on by
+Identity: F makes apples, so it should leave an apple unchanged. That preserves colour. It is on by
 default in the authors' code, in the paper only for paintings and flowers; its weight 5 is the
 cycle's 10 times lambda_identity = 0.5. Then D_Y learns from y and fake_y, D_X from x and fake_x.
 A buffer supplies these fakes, new and earlier ones (Sec. 4). Images: (N, 3, H, W) in [-1, 1].
@@ -49,7 +49,7 @@ def c7s1(in_channels, k):
 
 
 def d(in_channels, k):
-    """3x3 convolution, stride 2, InstanceNorm, ReLU; padded with 0, as u and C (authors' code)."""
+    """3x3 convolution, stride 2, InstanceNorm, ReLU; zero-padded, like u and C (authors' code)."""
     return [nn.Conv2d(in_channels, k, 3, stride=2, padding=1, bias=False),
             nn.InstanceNorm2d(k), nn.ReLU(inplace=True)]
 
@@ -76,7 +76,7 @@ def u(in_channels, k):
 
 
 def C(in_channels, k, stride=2):
-    """4x4 convolution with k filters, InstanceNorm, LeakyReLU of slope 0.2."""
+    """4x4 convolution with k filters, InstanceNorm, LeakyReLU with slope 0.2."""
     return [nn.Conv2d(in_channels, k, 4, stride=stride, padding=1, bias=False),
             nn.InstanceNorm2d(k), nn.LeakyReLU(0.2, inplace=True)]
 
@@ -151,7 +151,7 @@ def adversarial_loss(scores, target, objective="lsgan"):
         "lsgan" (Sec. 4)     (s - 1)^2      s^2              where s = scores
         "log" (Eq. 1)        -log(p)        -log(1 - p)      where p = sigmoid(scores)
 
-    In D_Y's loss y has the target REAL and G(x) has FAKE; in G's loss G(x) has REAL. So with "log"
+    In D_Y's loss the target is REAL for y, FAKE for G(x); in G's loss it is REAL. So with "log"
     G minimises -log(p) (authors' code). Eq. 1 has log(1 - p), whose derivative with respect to s is
     -p: where D is sure of a fake, G would learn nothing. Raises ValueError for other objectives.
     """
@@ -183,7 +183,7 @@ def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
 
 
 class ImageBuffer:
-    """Shows D earlier generated images as well, which reduces oscillation (Sec. 4).
+    """Also shows D earlier generated images, which reduces oscillation (Sec. 4).
 
     What a query with a new image n does to a buffer of size 2 (authors' code):
 
@@ -220,23 +220,23 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """All settings, each a flag of train.py. Those that cite no section are the authors' code's."""
+    """All settings, each a flag of train.py. Those without a section follow the authors' code."""
     image_size: int = setting(256, "side of the training crops (Sec. 7.2), a multiple of 4")
     load_size: int = setting(None, "shorter side before the crop; default image_size x 286/256")
     blocks: int = setting(None, "residual blocks; default 9, or 6 below 256 pixels (Sec. 7.2)")
-    width: int = setting(64, "channels after the first layer of every network (Sec. 7.2)")
+    width: int = setting(64, "filters in the first layer of every network (Sec. 7.2)")
     objective: str = setting("lsgan", "lsgan (least squares, Sec. 4) or log (Eq. 1)")
     lambda_gan: float = setting(1.0, "weight of the adversarial losses of G and F (1 in Eq. 3)")
     lambda_forward: float = setting(10.0, "weight of ||F(G(x)) - x||_1, forward cycle (Eq. 3)")
     lambda_backward: float = setting(10.0, "weight of ||G(F(y)) - y||_1, backward cycle (Eq. 3)")
-    lambda_identity: float = setting(0.5, "identity, relative to the cycle: 0.5 * 10 = 5")
+    lambda_identity: float = setting(0.5, "identity's weight, relative to the cycle: 0.5 * 10 = 5")
     buffer_size: int = setting(50, "generated images kept for each discriminator (Sec. 4)")
     batch_size: int = setting(1, "images of each domain per step (Sec. 4)")
     lr: float = setting(2e-4, "learning rate of both optimizers (Sec. 7.1)")
     beta1: float = setting(0.5, "Adam's first beta; the second is 0.999 (both: authors' code)")
     epochs: int = setting(100, "first epochs, at the full learning rate (Sec. 7.1)")
-    decay_epochs: int = setting(100, "then epochs of linear decay towards zero (Sec. 7.1)")
-    flip: bool = setting(True, "mirror half of the crops; turn off where left and right matter")
+    decay_epochs: int = setting(100, "epochs of linear decay after these (Sec. 7.1)")
+    flip: bool = setting(True, "mirror half of the crops; turn off if left and right matter")
     squash: bool = setting(False, "resize to a square (authors' code), else in proportion (ours)")
     seed: int = setting(0, "seeds the weights; in train.py also order, crops, flips, buffers")
 
@@ -295,14 +295,14 @@ class CycleGAN(nn.Module):
         self.adam_D = torch.optim.Adam([*self.D_X.parameters(), *self.D_Y.parameters()], **adam)
 
     def step(self, x, y, lr, rng):
-        """One step of training (Eq. 4): updates G and F, then D_X and D_Y.
+        """One training step (Eq. 4): updates G and F, then D_X and D_Y.
 
         x, y: (N, 3, image_size, image_size), chosen independently. rng: a random.Random. Returns
         {name: detached scalar}: gan, cycle, identity (all three weighted), D_X, D_Y.
         """
         losses, fake_x, fake_y = self.update_G_F(x, y, lr)
-        # D learns after G and F (authors' code), from the fakes made before their update. fake_x
-        # and fake_y come detached, so G and F learn nothing from what follows.
+        # D is updated after G and F (authors' code), on the fakes made before that. fake_x and
+        # fake_y are detached, so nothing that follows reaches G and F.
         shown_x, shown_y = self.buffer_X.query(fake_x, rng), self.buffer_Y.query(fake_y, rng)
         return losses | self.update_D(x, y, shown_x, shown_y, lr)
 
@@ -314,7 +314,7 @@ class CycleGAN(nn.Module):
         return fake_y, fake_x, back_x, back_y, same_x, same_y
 
     def update_G_F(self, x, y, lr):
-        """G and F learn (Eq. 3, and identity). -> losses, fake_x, fake_y, all of them detached"""
+        """Updates G and F (Eq. 3 plus identity). -> losses, fake_x, fake_y, all of them detached"""
         c = self.config
         fake_y, fake_x, back_x, back_y, same_x, same_y = self.generate(x, y)
         # G and F minimise, with the default weights
@@ -330,7 +330,7 @@ class CycleGAN(nn.Module):
         return losses, fake_x.detach(), fake_y.detach()
 
     def update_D(self, x, y, shown_x, shown_y, lr):
-        """D_X and D_Y learn, from real images and from those that the buffers return. -> losses"""
+        """Updates D_X and D_Y, on real images and on those from the buffers. -> losses"""
         losses = dict(D_X=self.loss_D(self.D_X, x, shown_x), D_Y=self.loss_D(self.D_Y, y, shown_y))
         return minimise(losses, self.adam_D, lr)
 
@@ -402,7 +402,7 @@ def check(config):
             raise UserError(f"{f.name} must be {rule}, not {value!r}")
         setattr(c, f.name, f.type(value))  # not numpy's types
     rules = {
-        "image_size": (c.image_size % 4 == 0 and c.image_size >= 24, "a multiple of 4 from 24 on"),
+        "image_size": (c.image_size % 4 == 0 and c.image_size >= 24, "a multiple of 4 above 20"),
         "load_size": (c.load_size >= c.image_size, f"at least image_size, {c.image_size}"),
         "objective": (c.objective in ("lsgan", "log"), "lsgan or log"),
         "width": (c.width > 0, "above 0"),
@@ -463,7 +463,7 @@ def choose_device(device, precision="fp32", compiled=False):
     if str(device) == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if str(device).partition(":")[0] not in ("cpu", "cuda", "mps"):
-        raise UserError(f"device must be auto, cpu, cuda (a GPU of NVIDIA's) or mps, not {device}")
+        raise UserError(f"device must be auto, cpu, cuda (an NVIDIA GPU) or mps, not {device}")
     with as_user_error(f"device {device} cannot be used here; try cpu"):
         device = torch.device(device)
         torch.empty(0, device=device)
@@ -532,7 +532,7 @@ class FastCycleGAN(CycleGAN):
             raise ValueError("x and y must be (N, 3, H, W) and of one shape, not "
                              f"{[*x.shape]} and {[*y.shape]}")
         if not 0 <= lr < math.inf:
-            raise ValueError(f"lr must be a number from 0 on, not {lr}")
+            raise ValueError(f"lr must be a number, at least 0, not {lr}")
         for images in (x, y):  # on a GPU this check would wait for it
             if images.device.type == "cpu" and not images.abs().amax() <= 1:
                 raise ValueError("x and y must lie in [-1, 1]")
@@ -745,7 +745,7 @@ def authors_generator(saved):
             "its weights are under state_dict; save these alone": "state_dict" in weights,
             "it has no model.1.weight": "model.1.weight" not in weights,
             "it is anti-aliased, as CUT's are by default": any(".filt" in key for key in weights),
-            "its norms are batch or affine ones, with weights": "model.2.weight" in weights,
+            "its norms are BatchNorm or affine": "model.2.weight" in weights,
             f"it takes {first.shape[1]} channels, not RGB": first.shape[1] != 3}.items():
         if holds:
             raise ValueError(reason)
@@ -820,8 +820,8 @@ def read_picture(path, side=None, squash=False):
             raise ValueError("it is not a file")
         with Image.open(path, formats=FORMATS) as image:
             if image.mode[0] in "IF" or re.search(";16[BLN]", str(image.tile)):
-                raise ValueError("it has more than 8 bits a channel; docs/using.md has five lines "
-                                 "that bring a folder of such pictures to 8 bits")
+                raise ValueError("it has more than 8 bits a channel; docs/using.md has a script "
+                                 "that converts a folder of such pictures to 8 bits")
             size, box = image.size, None
             if side:
                 if max(size) > 100 * min(size):

@@ -900,7 +900,7 @@ def test_damaged_and_foreign_files_are_refused_by_their_reason_and_run_no_code(
             ("antialiased", {**weights, "model.5.filt": torch.zeros(1)}, "it is anti-aliased"),
             ("unet", {"model.model.0.weight": torch.zeros(1)}, "it has no model.1.weight"),
             ("D", Discriminator(4).state_dict(), "it has no model.1.weight"),
-            ("batch", {**weights, "model.2.weight": torch.zeros(4)}, "its norms are batch"),
+            ("batch", {**weights, "model.2.weight": torch.zeros(4)}, "its norms are BatchN"),
             ("grey", {**weights, "model.1.weight": torch.zeros(4, 1, 7, 7)}, "takes 1 channels"),
             ("more", {**weights, "model.30.weight": torch.zeros(4)}, "unexpected key model.30.wei"),
             ("less", {k: v for k, v in weights.items() if "19" not in k}, "missing .* model.19."),
@@ -1217,7 +1217,7 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path):
 
 
 def test_pictures_that_cannot_be_read_are_refused_in_one_sentence(tmp_path):
-    deep = "it has more than 8 bits a channel; docs/using.md has five lines"
+    deep = "it has more than 8 bits a channel; docs/using.md has a script"
     values, folder = np.linspace(0, 65535, 30).astype(np.uint16).reshape(5, 6), tmp_path
     for name, kind in (("grey.png", np.uint16), ("grey.tif", np.uint16), ("whole.tif", np.int32),
                        ("fraction.tif", np.float32)):
@@ -1438,8 +1438,8 @@ def test_translations_keep_names_folders_and_sizes(photos):
     assert np.abs(left - picture.astype(int)).mean() < 8
     out = ok(photos, "translate.py photos/b.png --checkpoint horse2zebra")
     assert out.startswith(
-        "horse2zebra, step unknown, AtoB, pictures: 1\nnote: these weights do not say at what "
-        "scale they were trained; 256 pixels are assumed, --size sets another\n")
+        "horse2zebra, step unknown, AtoB, pictures: 1\nnote: these weights do not record the "
+        "scale of their training; 256 pixels are assumed, --size sets another\n")
     ok(photos, f"{PHOTOS} --size full --side-by-side")
     for name in ("horse2zebra/translated-AtoB-horse2zebra",
                  "trained/translated-AtoB-8-full-side-by-side"):
@@ -1451,7 +1451,7 @@ def test_results_that_exist_are_kept_and_a_stopped_call_goes_on(photos):
             "    seen.append(0)\n    if len(seen) == 3:\n        kill('SIGINT')\n"
             "    return translate(*inputs)\ncyclegan.translate = stops")
     status, _, err = run(photos, PHOTOS, stop)
-    assert status == 1 and err == f"translate.py: stopped; to go on: python {PHOTOS}\n", err
+    assert status == 1 and err == f"translate.py: stopped; to continue: python {PHOTOS}\n", err
     out, name = photos / "trained" / "translated-AtoB-8", "trained/translated-AtoB-8"
     assert 3 > len(list(out.rglob("*.png"))) == len(files_of(out))
     (out / "b.png").write_text("of somebody else")
@@ -1472,7 +1472,7 @@ def test_pictures_that_are_translated_are_never_written_over(photos):
     shutil.copytree(photos / "photos", photos / "mixed")
     (photos / "link").symlink_to("mixed")
     sources = files_of(photos / "mixed")
-    folder, over = "is the folder of the pictures; choose another\n", "be written over pictures; ch"
+    folder, over = "is the folder of the pictures; choose another\n", "would overwrite pictures; ch"
     for line, sentence in {
             "mixed --out mixed": folder, "link --out mixed": folder, "mixed --out link": folder,
             "mixed/b.png --out mixed": over, "link/b.png --out mixed": over,
@@ -1530,18 +1530,18 @@ def test_without_arguments_the_newest_run_translates_the_pictures_it_was_trained
 
 
 TRANSLATING_MISTAKES = {  # a command line -> what its one sentence says
-    "translate.py": "there is no run in runs/; train one, or name a --checkpoint",
-    "translate.py nothing.jpg --checkpoint trained --out new": "no picture or folder .*nothing.jpg",
-    "translate.py trained --checkpoint trained": "trained is a run: .* --checkpoint .*trained$",
+    "translate.py": "there is no run in runs/; train one, or give a --checkpoint",
+    "translate.py nothing.jpg --checkpoint trained --out new": "such picture or folder: .*/nothi",
+    "translate.py trained --checkpoint trained": "trained is a run; .* --checkpoint .*trained$",
     "translate.py texts --checkpoint trained --out new": "there are no pictures .*texts.*1 .txt",
     "translate.py photos --checkpoint apples": "the checkpoint apples/latest.pt: No such file",
     "translate.py photos --checkpoint apples/0.png": "0.png is damaged or not a checkpoint",
     "translate.py photos --checkpoint cut": "cut/latest.pt is damaged or not a checkpoint",
-    "translate.py --checkpoint moved": "the pictures of moved are no longer in .*moved/gone; name",
-    "translate.py --checkpoint horse2zebra": "horse2zebra is not a run; name the pictures",
-    f"{PHOTOS} --out file.zip/x": "cannot make the folder file.zip/x; .* --out: Not a directory",
-    f"{PHOTOS} --out file.zip": "cannot make the folder file.zip; .* --out: File exists",
-    f"{PHOTOS} --out new/result.jpg": "--out new/result.jpg: name a folder",
+    "translate.py --checkpoint moved": "the pictures of moved are no longer in .*moved/gone; give",
+    "translate.py --checkpoint horse2zebra": "horse2zebra is not a run; give the pictures",
+    f"{PHOTOS} --out file.zip/x": "cannot create the folder file.zip/x; .* --out: Not a dir",
+    f"{PHOTOS} --out file.zip": "cannot create the folder file.zip; .* --out: File exists",
+    f"{PHOTOS} --out new/result.jpg": "--out must be a folder, not new/result.jpg",
     f"{PHOTOS} --out ./photos": "--out photos is the folder of the pictures; choose another",
     "translate.py photos/b.png photos/more/b.png --checkpoint trained --out new":
         "photos/b.png and .*photos/more/b.png would both become new/b.png;",
@@ -1802,7 +1802,7 @@ def test_resumed_training_equals_uninterrupted_training(user):
     refused = [run(user, other) for other in (line, f"{NEW} --out stopped")]
     os.kill(finish.pid, signal.SIGKILL)
     assert finish()[0] == -signal.SIGKILL
-    assert all(status == 1 and err.endswith("training is running in stopped; stop it first\n")
+    assert all(status == 1 and err.endswith("training is using stopped; stop it first\n")
                for status, _, err in refused), refused
     [part] = folder.glob("*.part")
     assert load(folder)["steps"] == 5 and torch.load(part)["steps"] == 6
@@ -1827,8 +1827,8 @@ def times_of(folder):
 def test_a_finished_run_that_is_resumed_stays_as_it_is(user):
     before = times_of(user / "trained")
     out = ok(user, "train.py --resume trained --save-every 1")
-    assert "nothing is left to train: trained is at step 12 of 12; for more, raise --epochs: " \
-           "python train.py --resume trained --epochs ..." in out
+    assert "nothing is left to train: trained is at step 12 of 12; to train longer, raise " \
+           "--epochs: python train.py --resume trained --epochs ..." in out
     assert times_of(user / "trained") == before
 
 
@@ -1903,7 +1903,7 @@ def test_folders_of_pictures_may_move(user):
     ok(user, f"{new} {FOUR} --out moved --max-steps 4")
     (user / "before").rename(user / "after")
     status, _, err = run(user, "train.py --resume moved")
-    assert status == 1 and "there is no folder" in err and "--dataA and --dataB say where" in err
+    assert status == 1 and "does not exist; --dataA and --dataB are the" in err
     ok(user, f"train.py --resume moved --dataA after/apples --dataB after/oranges {KEEP} "
              "--max-steps 5")
     ok(user, f"train.py --resume moved {KEEP}")  # it knows the folders by now
@@ -1927,7 +1927,7 @@ def test_pictures_that_cannot_be_reached_stop_training_and_lose_nothing(user):
     assert 4 < step < 31 and err.count("\n") == 1
     assert re.match("train.py: cannot read .*/many/.*: No such file or directory; ", err), err
     assert f"step {step} (python train.py --resume away)\n" in err
-    assert "there is no folder" in run(user, "train.py --resume away")[2]
+    assert "does not exist" in run(user, "train.py --resume away")[2]
     (user / "gone").rename(user / "many")
     ok(user, "train.py --resume away --max-steps 31")
     assert same(files_of(user / "away"), files_of(user / "near"))
@@ -1951,7 +1951,7 @@ def test_a_run_starts_from_a_run_and_from_the_authors_files(user):
             ("theirs/latest_net_G_B.pth", {"G": theirs["F"]}, small, "--image-size 24"))):
         out = ok(user, f"train.py --dataA oranges --dataB apples --lr 1e-30 --seed 5 {flags} "
                        f"--max-steps 1 --start-from {path} --out begun-{k}")
-        assert f"from {path}: {', '.join(networks)}; everything else starts afresh" in out
+        assert f"starting from {path}: {', '.join(networks)}; the rest is init" in out
         begun = load(user / f"begun-{k}")
         assert begun["config"] == {**settings, "lr": 1e-30, "seed": 5}
         for name, weights in networks.items():
@@ -1972,9 +1972,9 @@ def test_a_full_disk_harms_no_checkpoint(user):
             "at_step(6, lambda: limit(5000))\nat_step(8, lambda: limit(most))\n" \
             "at_step(11, lambda: limit(5000))"
     status, out, err = run(user, f"{NEW} {FOUR} --save-minutes 0 --out full", first)
-    assert out.count("note: cannot write full/latest.pt: File too large; training goes on") == 2
+    assert out.count("note: cannot write full/latest.pt: File too large; training continues") == 2
     assert status == 1 and err == "train.py: cannot write full/latest.pt: File too large; the " \
-        "last whole checkpoint: step 11 (python train.py --resume full)\n"
+        "last complete checkpoint: step 11 (python train.py --resume full)\n"
     assert not list((user / "full").rglob("*.part"))
     ok(user, f"train.py --resume full {KEEP}")
     assert same(files_of(user / "full"), files_of(user / "trained"))
@@ -1982,7 +1982,7 @@ def test_a_full_disk_harms_no_checkpoint(user):
 
 def test_memory_that_runs_out_gets_one_sentence(user):
     status, _, err = run(user, f"{NEW} --out crowded", "at_step(1, lambda: torch.empty(10**15))")
-    assert status == 1 and err.startswith("train.py: out of memory; a lower --image-size")
+    assert status == 1 and err.startswith("train.py: out of memory; reduce --image-size")
     first = "def read(*_):\n    raise MemoryError\n" \
             "at_step(4, lambda: setattr(cyclegan, 'read_picture', read))"
     status, out, err = run(user, f"{NEW} --dataA many --out reading", first)
@@ -1997,7 +1997,7 @@ def test_memory_that_runs_out_gets_one_sentence(user):
     for k, name in enumerate(("save_checkpoint", "with_titles")):
         line = f"{NEW} --batch-size 2 --out short-of-memory-{k} --save-minutes 0 --max-steps 3"
         out = ok(user, line, fails.format(name))
-        assert out.count("note: out of memory; training goes on") == 1
+        assert out.count("note: out of memory; training continues") == 1
         assert load(user / f"short-of-memory-{k}")["steps"] == 3
 
 
@@ -2085,18 +2085,18 @@ ONE = f"{NEW} --max-steps 1"
 BEGIN = "train.py --dataA apples --dataB oranges --image-size 24 --max-steps 1"
 RESUME = "train.py --resume trained"
 TRAINING_MISTAKES = {  # a command line -> what its one sentence says
-    "train.py --dataA file.zip --dataB oranges": "there is no folder .*file.zip; --dataA and",
+    "train.py --dataA file.zip --dataB oranges": "folder .*file.zip does not exist; --dataA and",
     "train.py --dataA texts --dataB oranges": "there are no pictures .*/texts; ignored: 1 .txt",
-    "train.py --dataA damaged --dataB oranges": "no picture in .*damaged can be read",
+    "train.py --dataA damaged --dataB oranges": "none of the pictures in .*damaged can be",
     "train.py --dataA trained --dataB oranges": "trained is a run, not a folder of pictures",
     "train.py --dataA apples": "--dataA and --dataB are both needed",
     f"{ONE} --dataB ./oranges/../apples": "are the same folder",
     f"{ONE} --dataB apples/more": "or one contains the other",
-    f"{ONE} --out file.zip": "cannot make the folder file.zip; choose another --out: File exists",
-    f"{ONE} --out file.zip/x": "cannot make the folder file.zip/x; choose another --out: Not a dir",
+    f"{ONE} --out file.zip": "cannot create the folder file.zip; choose .* --out: File exists",
+    f"{ONE} --out file.zip/x": "cannot create the folder file.zip/x; choose .* --out: Not a dir",
     f"{ONE} --out trained": "--out trained is not empty; .*--resume trained",
     f"{ONE} --out downloads": "--out downloads is not empty",
-    f"{ONE} --image-size 26": "image_size must be a multiple of 4 from 24 on, not 26",
+    f"{ONE} --image-size 26": "image_size must be a multiple of 4 above 20, not 26",
     f"{ONE} --image_sise 32": "unrecognized arguments: --image_sise 32; --help",
     f"{ONE} --flip false": "unrecognized arguments: false; .*--no-flip and --squash take no",
     f"{ONE} --save-every 0": "--max-steps, --save-every and --sample-every must be at least 1",
@@ -2105,12 +2105,12 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     f"{ONE} --device gpu": "device must be auto, cpu, cuda .* or mps, not gpu",
     f"{ONE} --device cpu --compile": "compiling .--compile. is for CUDA, not for cpu",
     "train.py --start-from trained": "--dataA and --dataB are both needed",
-    f"{BEGIN} --start-from trained --width 4": "--width and --blocks follow from --start-from",
+    f"{BEGIN} --start-from trained --width 4": "--width and --blocks are taken from --start",
     f"{BEGIN} --start-from oranges": "oranges/latest.pt: No such file",
-    f"{BEGIN} --start-from unequal": "generators in unequal differ: .*3.*2",
+    f"{BEGIN} --start-from unequal": "generators in unequal have different .*3.*2",
     "train.py --resume nowhere": "folder of a run, with latest.pt in it, not nowhere",
-    "train.py --resume trained/epoch_0002.pt": "to go back to an earlier .*copy it over",
-    "train.py --resume cut": "cut/latest.pt is damaged .*; cut/epoch_0004.pt may be whole: copy it",
+    "train.py --resume trained/epoch_0002.pt": "to go back to an earlier .*copy that over",
+    "train.py --resume cut": "cut/latest.pt is damaged .*; cut/epoch_0004.pt may be intact: copy",
     f"{RESUME} --lr 1e-4": "keeps its folder and its settings.*--start-from trained --dataA",
     f"{RESUME} --no-flip": "a resumed run keeps",
     f"{RESUME} --device gpu": "or mps, not gpu$",  # and no word of an earlier checkpoint

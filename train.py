@@ -1,6 +1,6 @@
-"""Trains a CycleGAN on two folders of pictures; without any, on apples and oranges that it draws.
+"""Trains a CycleGAN on two folders of pictures or, without them, on apples and oranges it draws.
 
-    python train.py                                           the drawn demo, minutes on a CPU
+    python train.py                                           the demo: minutes on a CPU
     python train.py --dataA apples/ --dataB oranges/          two folders of your own
     python train.py --resume runs/apples-oranges              continues where that run stopped
     torchrun --nproc-per-node 8 train.py --dataA ...          on 8 GPUs, each with its own batch
@@ -107,8 +107,8 @@ class Run:
             args, folder, model, A, B, data)
         self.counts = [len(A.paths), len(B.paths), WORLD]
         if counts not in (None, self.counts):
-            raise UserError("a resumed run needs the numbers of pictures and processes that it had:"
-                            f" A, B, processes = {counts}, not {self.counts}")
+            raise UserError("a resumed run needs as many pictures and processes as before: "
+                            f"A, B, processes = {counts}, not {self.counts}")
         self.history, self.sums = list(history), dict(sums)
         self.epoch_images = max(len(A.paths), len(B.paths))  # of each domain
         self.epoch_steps = math.ceil(self.epoch_images / (WORLD * model.config.batch_size))
@@ -187,7 +187,7 @@ class Run:
         self.sums = {loss: float(total) for loss, total in self.sums.items()}
         place = {key: getattr(self, key) for key in ("data", "counts", "history", "sums")}
         self.save_time = time.perf_counter()
-        with errors_as_notes(must and f"; the last whole checkpoint: {self.last_saved}"):
+        with errors_as_notes(must and f"; the last complete checkpoint: {self.last_saved}"):
             cyclegan.save_checkpoint(self.folder / name, self.model, place)
             if name == "latest.pt":
                 self.last_saved = f"step {self.model.steps} ({self.command})"
@@ -206,8 +206,8 @@ class Pictures:
         self.free_bytes = 1e9 / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         first = [self.read(k) for k in range(min(8, len(self.paths)))]
         if np.median([np.percentile(picture, 90) for picture in first]) < 26:
-            log(f"note: the pictures in {folder} are nearly black, most values below a tenth of "
-                "white; rescale label maps and depth to 0 to 255 first")
+            log(f"note: the pictures in {folder} are nearly black (most values below 10 % of "
+                "white); rescale label maps and depth to 0-255 first")
 
     def read(self, number):
         """A picture, (H, W, 3) uint8, at the scale of training; if it is damaged, the next one.
@@ -233,7 +233,7 @@ class Pictures:
                 self.cache[path] = picture
                 self.free_bytes -= picture.nbytes
             return picture
-        raise UserError(f"no picture in {self.folder} can be read")
+        raise UserError(f"none of the pictures in {self.folder} can be read")
 
     def crop(self, number, rng=None):
         """A square of image_size, anywhere, perhaps mirrored; without rng the one in the middle."""
@@ -250,8 +250,8 @@ def open_pictures(data, config):
     A, B = (Path(folder).resolve() for folder in data)
     for folder in (A, B):
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; --dataA and --dataB say where the "
-                            "pictures are")
+            raise UserError(f"folder {folder} does not exist; --dataA and --dataB are the "
+                            "folders of the pictures")
     if A == B or A in B.parents or B in A.parents:
         raise UserError(f"{A} and {B} are the same folder, or one contains the other")
     return Pictures(A, config), Pictures(B, config)
@@ -333,7 +333,7 @@ def new_run(args, settings):
     if len(data) == 1 or args.start_from and not data:
         raise UserError("--dataA and --dataB are both needed: training takes pictures of A and B")
     if args.start_from and {"width", "blocks"} & settings.keys():
-        raise UserError("--width and --blocks follow from --start-from; leave them out")
+        raise UserError("--width and --blocks are taken from --start-from; leave them out")
     networks, before = (
         start_from(args.start_from, args.device) if args.start_from else ({}, {}))
     if not data:  # the demo
@@ -359,9 +359,9 @@ def start_from(path, device):
     elif (path / "latest_net_G_B.pth").is_file():
         networks["F"] = cyclegan.load_generator(path, "BtoA", device)
         if networks["F"].settings != G.settings:
-            raise UserError(f"the generators in {path} differ: {G.settings}, "
+            raise UserError(f"the generators in {path} have different settings: {G.settings}, "
                             f"{networks['F'].settings}; start from one of the files")
-    log(f"from {path}: {', '.join(networks)}; everything else starts afresh")
+    log(f"starting from {path}: {', '.join(networks)}; the rest is initialised anew")
     return {name: net.train().requires_grad_() for name, net in networks.items()}, G.settings
 
 
@@ -376,7 +376,7 @@ def new_folder(out, data, config):
         folder, k = Path("runs", f"{name}-{k}"), k + 1
     folders = [folder]
     if RANK == 0:
-        with cyclegan.as_user_error(f"cannot make the folder {folder}; choose another --out"):
+        with cyclegan.as_user_error(f"cannot create the folder {folder}; choose another --out"):
             folder.mkdir(parents=True, exist_ok=out is not None)
         lock(folder)
         if any(not path.match("latest.pt.*.part") for path in folder.iterdir()):  # of a killed one
@@ -395,7 +395,7 @@ def lock(folder):
         import fcntl
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another training is running in {folder}; stop it first") from None
+        raise UserError(f"another training is using {folder}; stop it first") from None
     except (ImportError, OSError):
         pass  # Windows, and some network drives, have no such locks
 
@@ -405,11 +405,11 @@ def open_run(args, settings):
     folder, refused = args.resume, settings.keys() - {"epochs", "decay_epochs"}
     if refused or args.out or args.start_from:
         raise UserError("a resumed run keeps its folder and its settings, except --epochs and "
-                        f"--decay-epochs; a new run may start from it: --start-from {folder} "
+                        f"--decay-epochs; to start a new run from it: --start-from {folder} "
                         "--dataA ... --dataB ...")
     if not (folder / "latest.pt").is_file():
         raise UserError(f"--resume takes the folder of a run, with latest.pt in it, not {folder}; "
-                        "to go back to an earlier checkpoint, copy it over its latest.pt")
+                        "to go back to an earlier checkpoint, copy that over latest.pt")
     if RANK == 0:
         lock(folder)
         for parent in (folder, folder / "samples"):
@@ -423,7 +423,7 @@ def open_run(args, settings):
         earlier = sorted(folder.glob("epoch_*.pt"), key=os.path.getmtime)
         if not earlier or "damaged" not in str(error):
             raise
-        raise UserError(f"{error}; {earlier[-1]} may be whole: copy it over latest.pt") from error
+        raise UserError(f"{error}; {earlier[-1]} may be intact: copy it over latest.pt") from error
     if set(place or ()) != {"data", "counts", "history", "sums"}:
         raise UserError(f"{folder / 'latest.pt'} was not saved by train.py")
     if "epochs" in settings:  # if fewer than already completed, the decay starts now
@@ -458,7 +458,7 @@ def connect(device):
                                 timeout=timedelta(minutes=10))
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"WORLD_SIZE is {WORLD}, but the processes cannot connect ({error}); "
-                        "start them with torchrun, one for each GPU") from error
+                        "start them with torchrun, one per GPU") from error
 
 
 def in_any_process(condition):
@@ -485,16 +485,16 @@ def parse():
     add = parser.add_argument_group("pictures and run").add_argument
     add("--dataA", type=path, metavar="FOLDER", help="pictures of domain A, the paper's X")
     add("--dataB", type=path, metavar="FOLDER", help="pictures of domain B, the paper's Y")
-    add("--out", type=path, metavar="RUN", help="new folder (default: a free name in runs/)")
+    add("--out", type=path, metavar="RUN", help="new folder (default: an unused name in runs/)")
     add("--resume", type=path, metavar="RUN", help="continue the run in this folder")
     add("--start-from", type=path, metavar="RUN_OR_FILE",
-        help="begin a new run with the networks and settings of a run, or the authors' files")
+        help="start from the networks and settings of another run, or from the authors' files")
     add("--device", default="auto", metavar="auto|cpu|cuda|mps",
-        help="where to compute; cuda:1 is the second GPU (default: cuda if there is one)")
+        help="where to compute; cuda:1 is the second GPU (default: cuda if available)")
     add("--precision", default="fp32", choices=("fp32", "bf16"),
-        help="fp32, in which PyTorch lets recent GPUs convolve in TF32, or bf16 (default: fp32)")
+        help="fp32 (TF32 in convolutions on recent GPUs) or bf16 (default: fp32)")
     add("--compile", action="store_true",
-        help="on CUDA, compile the networks and capture the step: a slow start, then fast steps")
+        help="on CUDA, compile the networks and capture the step: a slow start, then faster steps")
     add("--max-steps", type=int, default=math.inf, metavar="N",
         help="stop after step N of the run, to continue later (default: after all epochs)")
     add("--save-every", type=int, default=50, metavar="N",
@@ -549,7 +549,7 @@ def errors_as_notes(fatal=""):
         what = str(error) or "out of memory"
         if fatal:
             raise UserError(f"{what}{fatal}") from error
-        log(f"note: {what}; training goes on")
+        log(f"note: {what}; training continues")
 
 
 def signals_to_stop():
@@ -587,20 +587,20 @@ def run_program(args, settings):
     if model.steps >= run.last_step:
         flag = "--epochs" if run.last_step == run.total_steps else "--max-steps"
         log(f"nothing is left to train: {run.folder} is at step {model.steps} of {run.last_step}; "
-            f"for more, raise {flag}: {run.command} {flag} ...")
+            f"to train longer, raise {flag}: {run.command} {flag} ...")
         return 0
     log(f"run {run.folder}, at step {model.steps} of {run.last_step}, on {model.device} in "
         f"{model.precision}, processes: {WORLD}\n"
         f"A: {len(run.A.paths):,} pictures in {run.A.folder}\n"
         f"B: {len(run.B.paths):,} pictures in {run.B.folder}\n"
-        f"{model.config.epochs} epochs at the learning rate {model.config.lr:g}, then "
+        f"{model.config.epochs} epochs at learning rate {model.config.lr:g}, then "
         f"{model.config.decay_epochs} of linear decay")
     if args.compile:
         log("the first step compiles the networks, which may take a minute or two")
     train(run, signals)
     if RANK == 0 and run.data == scenes.FOLDERS and not signals:
         scenes.evaluate(model, log)
-        log(f"To see the networks learn, open {run.folder / 'samples.gif'}; its columns are "
+        log(f"To watch the networks learn, open {run.folder / 'samples.gif'}; its columns are "
             f"{', '.join(TITLES)}.")
     in_any_process(False)  # waits for rank 0; NCCL would end it if the others left
     end, then = "stopped", f"continue with: {run.command}"
@@ -625,7 +625,7 @@ def main():
         elif WORLD > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             reason = "another process failed; see its message"
         elif cyclegan.out_of_memory(error):
-            reason = "out of memory; a lower --image-size, --width or --batch-size needs less"
+            reason = "out of memory; reduce --image-size, --width or --batch-size"
         else:
             raise
     newline = "\n" if TERMINAL else ""

@@ -1,11 +1,11 @@
-"""Translates pictures with a trained CycleGAN: for each, a picture of the same size.
+"""Translates pictures with a trained CycleGAN. Each result has the size of its picture.
 
-    python translate.py                                    the newest run, on its own pictures
+    python translate.py                                    the newest run, on its training pictures
     python translate.py photo.jpg folder/ --out there/     your pictures, with the newest run
     python translate.py photos/ --checkpoint horse2zebra/latest_net_G.pth     the authors' weights
 
-A network recognises things only at the scale it was trained on. So it gets each picture at that
-scale; what it changed is enlarged and added to the picture.
+A network recognises objects only at the scale it was trained on. So each picture is resized to that
+scale; what the network changed is enlarged and added to the picture.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def carry_back(picture, small, translated):
 def newest_run():
     runs = sorted(Path("runs").glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise UserError("there is no run in runs/; train one, or name a --checkpoint")
+        raise UserError("there is no run in runs/; train one, or give a --checkpoint")
     return runs[-1].parent
 
 
@@ -82,10 +82,10 @@ def folder_of_results(args, checkpoint, run, steps):
 def training_pictures(generator, run, direction):
     """The folder of pictures that a run was trained to translate in this direction."""
     if not generator.config or "data" not in generator.place:
-        raise UserError(f"{run} is not a run; name the pictures to translate")
+        raise UserError(f"{run} is not a run; give the pictures to translate")
     folder = run / generator.place["data"][direction == "BtoA"]
     if not folder.is_dir():
-        raise UserError(f"the pictures of {run} are no longer in {folder}; name other pictures")
+        raise UserError(f"the pictures of {run} are no longer in {folder}; give others")
     return folder
 
 
@@ -93,12 +93,12 @@ def plan(inputs, out, suffix):
     """{target: source}; names and subfolders stay. Earlier results are no sources. UserError."""
     targets, taken, results = {}, {}, out.resolve()
     if out.suffix.lower() in cyclegan.SUFFIXES.split():
-        raise UserError(f"--out {out}: name a folder; results have the pictures' names")
+        raise UserError(f"--out must be a folder, not {out}; results keep the pictures' names")
     for path in map(Path, map(os.path.abspath, inputs)):
         if not path.exists():
-            raise UserError(f"there is no picture or folder {path}")
+            raise UserError(f"no such picture or folder: {path}")
         if (path / "latest.pt").exists():
-            raise UserError(f"{path} is a run: to translate with it, --checkpoint {path}")
+            raise UserError(f"{path} is a run; to translate with it: --checkpoint {path}")
         if path.is_dir() and path.resolve() == results:
             raise UserError(f"--out {out} is the folder of the pictures; choose another")
         base = path if path.is_dir() and len(inputs) == 1 else path.parent
@@ -112,7 +112,7 @@ def plan(inputs, out, suffix):
                                 "into different folders")
             targets[target] = source
     if {path.resolve() for path in targets} & {path.resolve() for path in targets.values()}:
-        raise UserError(f"results would be written over pictures; choose another --out than {out}")
+        raise UserError(f"results would overwrite pictures; choose another --out than {out}")
     return targets
 
 
@@ -162,7 +162,7 @@ def run_program(args):
     found = plan(args.pictures or [training_pictures(generator, run, args.direction)], out,
                  f".{args.format}")
     pairs = [pair for pair in found.items() if args.overwrite or not pair[0].exists()]
-    with cyclegan.as_user_error(f"cannot make the folder {out}; choose another --out"):
+    with cyclegan.as_user_error(f"cannot create the folder {out}; choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
     trained = f"at step {generator.steps}" if generator.config else "step unknown"
     print(f"{checkpoint}, {trained}, {args.direction}, pictures: {len(found):,}", flush=True)
@@ -170,7 +170,7 @@ def run_program(args):
         print(f"{len(found) - len(pairs):,} of the results exist in {out} and are kept; "
               "use --overwrite to redo them", flush=True)
     if not generator.config and not args.size:
-        print("note: these weights do not say at what scale they were trained; 256 pixels are "
+        print("note: these weights do not record the scale of their training; 256 pixels are "
               "assumed, --size sets another", flush=True)
     done, start = 0, time.perf_counter()
     results = translate_all(generator, pairs, args)
@@ -198,18 +198,18 @@ def parse():
     add("pictures", nargs="*", type=path, metavar="PICTURE_OR_FOLDER",
         help="what to translate (default: the pictures that the run was trained on)")
     add("--out", type=path, metavar="FOLDER", help="folder of the results "
-        "(default: in the run's folder, as translated-AtoB-5600)")
-    add("--overwrite", action="store_true", help="redo results that exist already")
-    add("--format", default="png", choices=("png", "jpg"), help="of the results")
+        "(default: one such as translated-AtoB-5600 in the run's folder)")
+    add("--overwrite", action="store_true", help="redo existing results")
+    add("--format", default="png", choices=("png", "jpg"), help="of the result files")
     add("--side-by-side", action="store_true", help="put each picture next to its translation")
     add("--size", type=shorter_side, metavar="N|full",
-        help="shorter side of what the network gets, or full: the picture as it is "
+        help="resize to this shorter side for the network, or full: do not resize "
              "(default: as in training, 256 for the authors' files)")
     add("--checkpoint", type=path, metavar="RUN_OR_FILE",
         help="a run or one of its .pt files, or the authors' .pth file, or a folder of them "
              "(default: the newest run in runs/)")
     add("--direction", default="AtoB", choices=("AtoB", "BtoA"),
-        help="AtoB: with G, BtoA: with F; a single .pth file has only one")
+        help="AtoB uses G, BtoA uses F; a single .pth file has only one")
     add("--device", default="auto", metavar="auto|cpu|cuda|mps", help="where to compute")
     return parser.parse_intermixed_args()
 
@@ -234,7 +234,7 @@ def main():
     except (UserError, OSError) as error:
         return f"translate.py: {error}"
     except KeyboardInterrupt:
-        return f"translate.py: stopped; to go on: python translate.py {shlex.join(sys.argv[1:])}"
+        return f"translate.py: stopped; to continue: python translate.py {shlex.join(sys.argv[1:])}"
 
 
 if __name__ == "__main__":

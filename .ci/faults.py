@@ -167,7 +167,7 @@ def disks(count=6):
             resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (limit, -1))
             time.sleep(0.3 * SECONDS if limit == 8192 else 0)
         status, text, err = process.end()
-        notes = re.findall("note: cannot write .*: (.*); training goes on", text)
+        notes = re.findall("note: cannot write .*: (.*); training continues", text)
         expect(notes and status == len(err.splitlines()) == (not for_a_while), f"disk {k}: {err}")
         expect(not list(out.rglob("*.part")), f"disk {k}: part files are left")
         reasons |= set(notes)
