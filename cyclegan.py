@@ -771,6 +771,8 @@ with suppress(ImportError):  # no requirement; where this is installed, HEIC is 
 
     pillow_heif.register_heif_opener()
     SUFFIXES, FORMATS = f"{SUFFIXES} .heic .heif", f"HEIF {FORMATS}"
+if not hasattr(Image.Image, "has_transparency_data"):
+    raise ImportError("Pillow is too old; run: python -m pip install --upgrade pillow")
 Image.init()
 FORMATS = [name for name in FORMATS.split() if name in Image.OPEN]
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -1216,6 +1217,12 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path):
     assert np.abs(read - picture.astype(int)).max() <= 3  # rounded on the way to YCbCr and back
 
 
+def test_an_old_pillow_is_said_as_such(monkeypatch):
+    monkeypatch.delattr(Image.Image, "has_transparency_data")  # 10.1 was the first to have it
+    with pytest.raises(ImportError, match="^Pillow is too old; run: python -m pip install --up"):
+        runpy.run_path(cyclegan.__file__)
+
+
 def test_pictures_that_cannot_be_read_are_refused_in_one_sentence(tmp_path):
     deep = "it has more than 8 bits a channel; docs/using.md has a script"
     values, folder = np.linspace(0, 65535, 30).astype(np.uint16).reshape(5, 6), tmp_path
@@ -1532,7 +1539,7 @@ def test_without_arguments_the_newest_run_translates_the_pictures_it_was_trained
 TRANSLATING_MISTAKES = {  # a command line -> what its one sentence says
     "translate.py": "there is no run in runs/; train one, or give a --checkpoint",
     "translate.py nothing.jpg --checkpoint trained --out new": "such picture or folder: .*/nothi",
-    "translate.py trained --checkpoint trained": "trained is a run; .* --checkpoint .*trained$",
+    "translate.py trained": "trained is a run; to translate with it: --checkpoint trained$",
     "translate.py texts --checkpoint trained --out new": "there are no pictures .*texts.*1 .txt",
     "translate.py photos --checkpoint apples": "the checkpoint apples/latest.pt: No such file",
     "translate.py photos --checkpoint apples/0.png": "0.png is damaged or not a checkpoint",

@@ -97,8 +97,6 @@ def plan(inputs, out, suffix):
     for path in map(Path, map(os.path.abspath, inputs)):
         if not path.exists():
             raise UserError(f"no such picture or folder: {path}")
-        if (path / "latest.pt").exists():
-            raise UserError(f"{path} is a run; to translate with it: --checkpoint {path}")
         if path.is_dir() and path.resolve() == results:
             raise UserError(f"--out {out} is the folder of the pictures; choose another")
         base = path if path.is_dir() and len(inputs) == 1 else path.parent
@@ -155,6 +153,9 @@ def skip(error, path):
 
 def run_program(args):
     """Does what the command line says. Returns the exit status."""
+    for path in args.pictures:
+        if (path / "latest.pt").exists():
+            raise UserError(f"{path} is a run; to translate with it: --checkpoint {path}")
     checkpoint = args.checkpoint or newest_run()
     generator = cyclegan.load_generator(checkpoint, args.direction, args.device)
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
