@@ -37,9 +37,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, l1_loss
 # ==== Part I: the method, in plain PyTorch ========================================================
 
 # ---- Networks (Sec. 7.2) -------------------------------------------------------------------------
-# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm brings each channel of each
-# image to mean 0 and variance 1; it has no learned scale or shift (authors' code). It subtracts the
-# mean, so a bias just before it would do nothing: these convolutions have no bias (ours).
+# Layers are named as in Sec. 7.2: c7s1-k, dk, Rk, uk, Ck. InstanceNorm (Ulyanov et al.) brings each
+# channel of each image to mean 0 and variance 1, without a learned scale or shift (authors' code).
+# It subtracts the mean, so a bias before it would do nothing: these convolutions have none (ours).
 
 
 def c7s1(in_channels, k):
@@ -91,7 +91,7 @@ def initialise(network, rng=None):
 
 
 class Generator(nn.Module):
-    """c7s1-64, d128, d256, R256 x blocks, u128, u64, c7s1-3 (Sec. 7.2; width is 64).
+    """c7s1-64, d128, d256, R256 x blocks, u128, u64, c7s1-3 (Sec. 7.2, after Johnson et al.).
 
     (N, 3, H, W) images -> the same shape. Only tanh follows the last convolution (authors' code).
     ValueError unless H and W are multiples of 4 (they are halved twice), at least 8 (R pads).
@@ -117,11 +117,11 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2; width is 64).
+    """C64, C128, C256, C512, one more convolution: the 70 x 70 PatchGAN (Sec. 7.2; Isola et al.).
 
     (N, 3, H, W) images -> (N, 1, H', W') scores, one per patch of 70 x 70 pixels, high for real. No
     sigmoid. C64 has no norm. C512 has stride 1 (authors' code); the paper's 2 would give 94 x 94.
-    Why 70: n outputs of a layer see stride * (n - 1) + 4 inputs: going back, 4, 7, 16, 34, 70.
+    Why 70: n outputs of a layer see stride * (n - 1) + 4 inputs; from one score: 4, 7, 16, 34, 70.
     """
 
     def __init__(self, width=64, rng=None):
@@ -148,7 +148,7 @@ def adversarial_loss(scores, target, objective="lsgan"):
     """One adversarial term: how far D's scores are from the target, REAL or FAKE. -> scalar
 
                              target REAL    target FAKE
-        "lsgan" (Sec. 4)     (s - 1)^2      s^2              where s = scores
+        "lsgan" (Sec. 4)     (s - 1)^2      s^2              where s = scores (Mao et al.)
         "log" (Eq. 1)        -log(p)        -log(1 - p)      where p = sigmoid(scores)
 
     In D_Y's loss the target is REAL for y, FAKE for G(x); in G's loss it is REAL. So with "log"
@@ -168,7 +168,7 @@ def cycle_loss(x, y, back_x, back_y, lambda_forward, lambda_backward):
 
 
 def identity_loss(x, y, same_x, same_y, lambda_forward, lambda_backward):
-    """Sec. 5.2: ||F(x) - x||_1 + ||G(y) - y||_1, with the weights of x's and y's cycles."""
+    """Sec. 5.2, Taigman et al.: ||F(x) - x||_1 + ||G(y) - y||_1, weighted as x's and y's cycles."""
     return lambda_forward * l1_loss(same_x, x) + lambda_backward * l1_loss(same_y, y)
 
 
@@ -183,7 +183,7 @@ def discriminator_loss(real_scores, fake_scores, objective="lsgan"):
 
 
 class ImageBuffer:
-    """Also shows D earlier generated images, which reduces oscillation (Sec. 4).
+    """A history of generated images for D, which reduces oscillation (Sec. 4; Shrivastava et al.).
 
     What a query with a new image n does to a buffer of size 2 (authors' code):
 
@@ -215,6 +215,7 @@ class ImageBuffer:
 
 
 def setting(default, help):
+    """A field of Config, with its line of train.py --help."""
     return field(default=default, metadata={"help": help})
 
 
@@ -250,7 +251,7 @@ class Config:
 
 def learning_rate(config, epoch):
     """Constant, then linear (Sec. 7.1). Epochs count from 0. By default epochs 0 to 99 run at 2e-4,
-    epoch 100 at 2e-4 * 100/101, and epoch 199 at 2e-4 * 1/101, not yet at zero (authors' code)."""
+    epoch 100 at 2e-4 * 100/101, epoch 199 at 2e-4 * 1/101 (authors' code; older and newer: 0)."""
     decayed = max(0, epoch + 1 - config.epochs)
     return config.lr * max(0.0, 1.0 - decayed / (config.decay_epochs + 1))
 
@@ -268,7 +269,7 @@ def minimise(losses, optimizer, lr):
 
 
 class CycleGAN(nn.Module):
-    """The whole training state: four networks, two image buffers, two Adams (authors' code).
+    """The training state: networks (yours, if given), image buffers, two Adams (authors' code).
 
         model, rng = CycleGAN(config), random.Random(0)
         for epoch in range(config.epochs + config.decay_epochs):
@@ -276,8 +277,7 @@ class CycleGAN(nn.Module):
                 losses = model.step(x, y, learning_rate(config, epoch), rng)
 
     An epoch has max(|X|, |Y|) images of each domain. x runs through X in random order, and starts
-    over if X is smaller; y is drawn from Y with replacement, so pairs change (authors' code). You
-    can pass your own networks. train.py runs this step, too, by way of FastCycleGAN (Part II).
+    over if X is smaller; y is drawn from Y with replacement, so pairs change (authors' code).
     """
 
     def __init__(self, config, G=None, F=None, D_X=None, D_Y=None):
@@ -301,8 +301,7 @@ class CycleGAN(nn.Module):
         {name: detached scalar}: gan, cycle, identity (all three weighted), D_X, D_Y.
         """
         losses, fake_x, fake_y = self.update_G_F(x, y, lr)
-        # D is updated after G and F (authors' code), on the fakes made before that. fake_x and
-        # fake_y are detached, so nothing that follows reaches G and F.
+        # D_X and D_Y come after G and F (authors' code), which detached fakes no longer reach.
         shown_x, shown_y = self.buffer_X.query(fake_x, rng), self.buffer_Y.query(fake_y, rng)
         return losses | self.update_D(x, y, shown_x, shown_y, lr)
 
@@ -335,10 +334,11 @@ class CycleGAN(nn.Module):
         return minimise(losses, self.adam_D, lr)
 
     def loss_D(self, D, real, fake):
+        """Of D_X or D_Y."""
         return discriminator_loss(D(real), D(fake), self.config.objective)
 
 
-# ==== Part II: what makes it fast and easy to use. You may stop reading here. =====================
+# ==== Part II: speed, files and pictures. The method ends here. ===================================
 # ruff: noqa: E402 (these imports are here because Part I does not need them)
 
 import copy
@@ -591,7 +591,7 @@ class CudaGraph:
         self.function, self.stream, self.calls = function, stream, 0
 
     def __call__(self, *inputs):
-        inputs = [value if torch.is_tensor(value)  # a captured graph bakes a Python number in
+        inputs = [value if torch.is_tensor(value)  # a captured graph would freeze a Python number
                   else torch.full((), value, device=self.stream.device) for value in inputs]
         if self.calls == 0:
             self.inputs = [tensor.clone() for tensor in inputs]

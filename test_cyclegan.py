@@ -20,10 +20,12 @@ import statistics
 import struct
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1531,7 +1533,8 @@ def test_without_arguments_the_newest_run_translates_the_pictures_it_was_trained
     fill(photos, "runs/no run/a.txt")
     for direction, count in (("AtoB", 4), ("BtoA", 2)):
         out = ok(photos, f"translate.py --direction {direction}")
-        assert out.startswith(f"runs/newer, at step 8, {direction}, pictures: {count}\n")
+        assert out.startswith("the newest of 3 runs; --checkpoint takes another\nruns/newer, "
+                              f"at step 8, {direction}, pictures: {count}\n")
         results = photos / "runs" / "newer" / f"translated-{direction}-8"
         assert files_of(results).keys() == {f"{k}.png" for k in range(count)}
 
@@ -1544,6 +1547,7 @@ TRANSLATING_MISTAKES = {  # a command line -> what its one sentence says
     "translate.py photos --checkpoint apples": "the checkpoint apples/latest.pt: No such file",
     "translate.py photos --checkpoint apples/0.png": "0.png is damaged or not a checkpoint",
     "translate.py photos --checkpoint cut": "cut/latest.pt is damaged or not a checkpoint",
+    "translate.py photos --checkpoint new": "new is at step 0, untrained; train.py saves every 10",
     "translate.py --checkpoint moved": "the pictures of moved are no longer in .*moved/gone; give",
     "translate.py --checkpoint horse2zebra": "horse2zebra is not a run; give the pictures",
     f"{PHOTOS} --out file.zip/x": "cannot create the folder file.zip/x; .* --out: Not a dir",
@@ -1563,10 +1567,11 @@ def test_mistakes_in_translating_get_one_sentence_and_leave_nothing_behind(tmp_p
     for name in ("photos", "apples", "trained", "horse2zebra"):
         shutil.copytree(photos / name, tmp_path / name)
     fill(tmp_path, "texts/a.txt", "alike/A.png", "alike/a.jpg", "file.zip")
-    for name in ("cut", "moved"):
+    for name in ("cut", "moved", "new"):
         shutil.copytree(tmp_path / "trained", tmp_path / name)
     os.truncate(tmp_path / "cut" / "latest.pt", 5000)
     saved = load(tmp_path / "moved")
+    torch.save(saved | {"steps": 0}, tmp_path / "new" / "latest.pt")
     saved["place"]["data"] = ["gone", "gone"]
     torch.save(saved, tmp_path / "moved" / "latest.pt")
     before, wrong = set(tmp_path.rglob("*")), []
@@ -1711,6 +1716,11 @@ def test_pictures_are_read_when_needed_and_kept_while_there_is_room(tmp_path, mo
         reads.clear()
         assert all((A.read(k) == expected[k]).all() for k in range(40))
     assert reads == [5, 5, *range(5, 39)]  # 3 and 4 become 5; the damaged ones never again
+    A.free_bytes, both = 1e6, threading.Barrier(2)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(cyclegan, "read_picture", lambda *given: (both.wait(), read(*given))[1])
+        list(pool.map(A.read, (20, 20)))  # two threads read one picture, which is kept once
+    assert A.free_bytes == 1e6 - pictures[20].nbytes
     said = capsys.readouterr().out
     assert all(said.count(f"skipped: cannot read {A.paths[k]}:") == 1 for k in (3, 4, 39))
 
@@ -1719,7 +1729,7 @@ def test_pictures_are_read_when_needed_and_kept_while_there_is_room(tmp_path, mo
 
     monkeypatch.setattr(Image, "open", out_of_memory)
     with pytest.raises(MemoryError):
-        A.read(20)
+        A.read(21)
     assert len(A.damaged) == 3
 
 
@@ -1809,7 +1819,7 @@ def test_resumed_training_equals_uninterrupted_training(user):
     refused = [run(user, other) for other in (line, f"{NEW} --out stopped")]
     os.kill(finish.pid, signal.SIGKILL)
     assert finish()[0] == -signal.SIGKILL
-    assert all(status == 1 and err.endswith("training is using stopped; stop it first\n")
+    assert all(status == 1 and err.endswith("training run is using stopped; stop it first\n")
                for status, _, err in refused), refused
     [part] = folder.glob("*.part")
     assert load(folder)["steps"] == 5 and torch.load(part)["steps"] == 6
@@ -1910,7 +1920,7 @@ def test_folders_of_pictures_may_move(user):
     ok(user, f"{new} {FOUR} --out moved --max-steps 4")
     (user / "before").rename(user / "after")
     status, _, err = run(user, "train.py --resume moved")
-    assert status == 1 and "does not exist; --dataA and --dataB are the" in err
+    assert status == 1 and "there is no folder " in err
     ok(user, f"train.py --resume moved --dataA after/apples --dataB after/oranges {KEEP} "
              "--max-steps 5")
     ok(user, f"train.py --resume moved {KEEP}")  # it knows the folders by now
@@ -1934,7 +1944,7 @@ def test_pictures_that_cannot_be_reached_stop_training_and_lose_nothing(user):
     assert 4 < step < 31 and err.count("\n") == 1
     assert re.match("train.py: cannot read .*/many/.*: No such file or directory; ", err), err
     assert f"step {step} (python train.py --resume away)\n" in err
-    assert "does not exist" in run(user, "train.py --resume away")[2]
+    assert "there is no " in run(user, "train.py --resume away")[2]
     (user / "gone").rename(user / "many")
     ok(user, "train.py --resume away --max-steps 31")
     assert same(files_of(user / "away"), files_of(user / "near"))
@@ -2037,7 +2047,7 @@ def test_two_processes_train_together_and_stop_together(user):
     assert [status for status, *_ in pair(user, "train.py --resume two --max-steps 5")] == [0, 0]
     assert losses_of(user / "two")[1] == 3 and load(user / "two")["steps"] == 5
     status, _, err = run(user, "train.py --resume two")
-    assert status == 1 and "A, B, processes = [6, 3, 2], not [6, 3, 1]" in err
+    assert status == 1 and "processes as before: [6, 3, 2], not [6, 3, 1]" in err
     status, _, err = pair(user, f"{NEW} --out dying", "at_step(3, lambda: kill('SIGKILL'))")[0]
     assert status == 1 and err == "train.py: another process failed; see its message\n", err
     (first, _, err), (second, _, other) = pair(user, f"{NEW} --out trained")
@@ -2071,8 +2081,10 @@ def test_paths_names_and_notes(user):
     for name in ("trainA", "trainB"):
         shutil.copytree(user / "oranges", user / "home" / "fruit" / name)
     line = f"train.py --dataA ~/fruit/trainA --dataB ~/fruit/trainB/ {SMALL} --max-steps 1"
-    for _ in range(2):
-        assert "dark" not in ok(user, line, HOME=str(user / "home"), LOCAL_WORLD_SIZE="")
+    first, second = (ok(user, line, HOME=str(user / "home"), LOCAL_WORLD_SIZE="") for _ in "12")
+    assert "note" not in first and second.startswith(
+        "note: runs/fruit exists; to continue it: --resume runs/fruit\n")
+    assert second.count("note") == 1
     ok(user, f"{line} --out '~/a run'", HOME=str(user / "home"))
     assert all(load(user / name)["steps"] == 1
                for name in ("runs/fruit", "runs/fruit-2", "home/a run"))
@@ -2092,7 +2104,7 @@ ONE = f"{NEW} --max-steps 1"
 BEGIN = "train.py --dataA apples --dataB oranges --image-size 24 --max-steps 1"
 RESUME = "train.py --resume trained"
 TRAINING_MISTAKES = {  # a command line -> what its one sentence says
-    "train.py --dataA file.zip --dataB oranges": "folder .*file.zip does not exist; --dataA and",
+    "train.py --dataA file.zip --dataB oranges": "there is no folder .*file.zip; --dataA and",
     "train.py --dataA texts --dataB oranges": "there are no pictures .*/texts; ignored: 1 .txt",
     "train.py --dataA damaged --dataB oranges": "none of the pictures in .*damaged can be",
     "train.py --dataA trained --dataB oranges": "trained is a run, not a folder of pictures",
@@ -2115,14 +2127,14 @@ TRAINING_MISTAKES = {  # a command line -> what its one sentence says
     f"{BEGIN} --start-from trained --width 4": "--width and --blocks are taken from --start",
     f"{BEGIN} --start-from oranges": "oranges/latest.pt: No such file",
     f"{BEGIN} --start-from unequal": "generators in unequal have different .*3.*2",
-    "train.py --resume nowhere": "folder of a run, with latest.pt in it, not nowhere",
-    "train.py --resume trained/epoch_0002.pt": "to go back to an earlier .*copy that over",
+    "train.py --resume nowhere": "folder of a run; there is no nowhere/latest.pt$",
+    "train.py --resume trained/epoch_0002.pt": "epoch_0002.pt/latest.pt; to go back to this file,",
     "train.py --resume cut": "cut/latest.pt is damaged .*; cut/epoch_0004.pt may be intact: copy",
     f"{RESUME} --lr 1e-4": "keeps its folder and its settings.*--start-from trained --dataA",
     f"{RESUME} --no-flip": "a resumed run keeps",
     f"{RESUME} --device gpu": "or mps, not gpu$",  # and no word of an earlier checkpoint
     "train.py --resume foreign": "foreign/latest.pt was not saved by train.py",
-    f"{RESUME} --dataA many": r"A, B, processes = \[6, 3, 1\], not \[40, 3, 1\]",
+    f"{RESUME} --dataA many": r"processes as before: \[6, 3, 1\], not \[40, 3, 1\]",
     f"{RESUME} --dataA oranges --dataB apples": r"\[6, 3, 1\], not \[3, 6, 1\]"}
 if not torch.cuda.is_available():
     TRAINING_MISTAKES[f"{ONE} --device cuda:1"] = "device cuda:1 cannot be used here; try cpu"

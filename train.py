@@ -107,8 +107,8 @@ class Run:
             args, folder, model, A, B, data)
         self.counts = [len(A.paths), len(B.paths), WORLD]
         if counts not in (None, self.counts):
-            raise UserError("a resumed run needs as many pictures and processes as before: "
-                            f"A, B, processes = {counts}, not {self.counts}")
+            raise UserError("a resumed run needs as many pictures of A, pictures of B and processes "
+                            f"as before: {counts}, not {self.counts}")
         self.history, self.sums = list(history), dict(sums)
         self.epoch_images = max(len(A.paths), len(B.paths))  # of each domain
         self.epoch_steps = math.ceil(self.epoch_images / (WORLD * model.config.batch_size))
@@ -229,8 +229,8 @@ class Pictures:
                 if self.damaged.setdefault(path, line) is line:  # the first thread says it
                     log(line)
                 continue
-            if picture.nbytes <= self.free_bytes:
-                self.cache[path] = picture
+            if (picture.nbytes <= self.free_bytes
+                    and self.cache.setdefault(path, picture) is picture):  # the first thread's
                 self.free_bytes -= picture.nbytes
             return picture
         raise UserError(f"none of the pictures in {self.folder} can be read")
@@ -250,8 +250,8 @@ def open_pictures(data, config):
     A, B = (Path(folder).resolve() for folder in data)
     for folder in (A, B):
         if not folder.is_dir():
-            raise UserError(f"folder {folder} does not exist; --dataA and --dataB are the "
-                            "folders of the pictures")
+            raise UserError(f"there is no folder {folder}; --dataA and --dataB take folders of "
+                            "pictures")
     if A == B or A in B.parents or B in A.parents:
         raise UserError(f"{A} and {B} are the same folder, or one contains the other")
     return Pictures(A, config), Pictures(B, config)
@@ -371,9 +371,11 @@ def new_folder(out, data, config):
     if names == ["trainA", "trainB"]:  # as in the authors' data sets
         names = [os.path.basename(os.path.dirname(data[0]))]
     name = "-".join(names) or "demo"
-    folder = out or Path("runs", name)
+    first = folder = out or Path("runs", name)
     while folder.exists() and not out:
         folder, k = Path("runs", f"{name}-{k}"), k + 1
+    if folder != first:
+        log(f"note: {first} exists; to continue it: --resume {shlex.quote(str(first))}")
     folders = [folder]
     if RANK == 0:
         with cyclegan.as_user_error(f"cannot create the folder {folder}; choose another --out"):
@@ -390,12 +392,12 @@ def new_folder(out, data, config):
 
 
 def lock(folder):
-    """Keeps other trainings out of a run's folder until this process ends, however it ends."""
+    """Keeps other training runs out of a run's folder until this process ends, however it ends."""
     try:
         import fcntl
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another training is using {folder}; stop it first") from None
+        raise UserError(f"another training run is using {folder}; stop it first") from None
     except (ImportError, OSError):
         pass  # Windows, and some network drives, have no such locks
 
@@ -408,8 +410,9 @@ def open_run(args, settings):
                         f"--decay-epochs; to start a new run from it: --start-from {folder} "
                         "--dataA ... --dataB ...")
     if not (folder / "latest.pt").is_file():
-        raise UserError(f"--resume takes the folder of a run, with latest.pt in it, not {folder}; "
-                        "to go back to an earlier checkpoint, copy that over latest.pt")
+        hint = "; to go back to this file, copy it over latest.pt" if folder.is_file() else ""
+        raise UserError(f"--resume takes the folder of a run; there is no {folder / 'latest.pt'}"
+                        f"{hint}")
     if RANK == 0:
         lock(folder)
         for parent in (folder, folder / "samples"):
@@ -595,6 +598,8 @@ def run_program(args, settings):
         f"B: {len(run.B.paths):,} pictures in {run.B.folder}\n"
         f"{model.config.epochs} epochs at learning rate {model.config.lr:g}, then "
         f"{model.config.decay_epochs} of linear decay")
+    if model.device.type == "cpu" and model.config.image_size * model.config.width >= 2**14:
+        log("note: this takes days on a CPU; --image-size 96 --width 32 takes about an hour")
     if args.compile:
         log("the first step compiles the networks, which may take a minute or two")
     train(run, signals)
@@ -606,7 +611,8 @@ def run_program(args, settings):
     end, then = "stopped", f"continue with: {run.command}"
     if model.steps >= run.total_steps:
         end = "finished"
-        then = f"translate with: python translate.py --checkpoint {shlex.quote(str(run.folder))}"
+        then = ("translate with: python translate.py PICTURES --checkpoint "
+                f"{shlex.quote(str(run.folder))}")
     log(f"{end} after step {model.steps}; everything is saved in {run.folder}; {then}")
     return 128 + signals[0] if signals else 0
 

@@ -67,6 +67,8 @@ def newest_run():
     runs = sorted(Path("runs").glob("*/latest.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("there is no run in runs/; train one, or give a --checkpoint")
+    if len(runs) > 1:
+        print(f"the newest of {len(runs)} runs; --checkpoint takes another", flush=True)
     return runs[-1].parent
 
 
@@ -159,6 +161,9 @@ def run_program(args):
     checkpoint = args.checkpoint or newest_run()
     generator = cyclegan.load_generator(checkpoint, args.direction, args.device)
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if generator.steps == 0:
+        raise UserError(f"{checkpoint} is at step 0, untrained; train.py saves every 10 minutes, "
+                        "and when it stops")
     out = folder_of_results(args, checkpoint, run, generator.steps)
     found = plan(args.pictures or [training_pictures(generator, run, args.direction)], out,
                  f".{args.format}")
