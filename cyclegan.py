@@ -24,8 +24,8 @@ An image is named after the domain it should belong to, so G makes every _y and 
 
 Identity: F makes apples, so it should leave an apple unchanged. That preserves colour. It is on by
 default in the authors' code, in the paper only for paintings and flowers; its weight 5 is the
-cycle's 10 times lambda_identity = 0.5. Then D_Y learns from y and fake_y, D_X from x and fake_x.
-A buffer supplies these fakes, new and earlier ones (Sec. 4). Images: (N, 3, H, W) in [-1, 1].
+cycle's 10 times lambda_identity = 0.5. D_Y and D_X learn after that, from y and fake_y and from x
+and fake_x, new and earlier ones from a buffer (Sec. 4). Images: (N, 3, H, W) in [-1, 1].
 """
 
 from dataclasses import dataclass, field
@@ -250,7 +250,7 @@ class Config:
 
 
 def learning_rate(config, epoch):
-    """Constant, then linear (Sec. 7.1). Epochs count from 0. By default epochs 0 to 99 run at 2e-4,
+    """Constant, then linear (Sec. 7.1). The first epoch is 0. By default epochs 0 to 99 run at 2e-4,
     epoch 100 at 2e-4 * 100/101, epoch 199 at 2e-4 * 1/101 (authors' code; older and newer: 0)."""
     decayed = max(0, epoch + 1 - config.epochs)
     return config.lr * max(0.0, 1.0 - decayed / (config.decay_epochs + 1))

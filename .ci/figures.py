@@ -1,10 +1,10 @@
 """Draws pictures of docs/ from finished runs of the demo, and prints what stands beside them.
 
-    python .ci/figures.py why FULL NO_CYCLE CYCLE     what each half of the method is for
+    python .ci/figures.py why BOTH NO_CYCLE CYCLE     what each half of the method is for
     python .ci/figures.py scale RUN                   ways to translate large scenes; their errors
 
-NO_CYCLE was trained with --lambda-forward 0 --lambda-backward 0, CYCLE, the cycle alone, with
---lambda-gan 0 --lambda-identity 0.
+BOTH was trained with --lambda-identity 0, NO_CYCLE with --lambda-forward 0 --lambda-backward 0, and
+CYCLE, the cycle alone, with --lambda-gan 0 --lambda-identity 0.
 """
 
 import sys
@@ -29,11 +29,11 @@ def framed(pictures):
     return np.hstack([np.pad(p, ((3, 3), (3, 3), (0, 0)), constant_values=255) for p in pictures])
 
 
-def why(full, no_cycle, cycle, scene=SCENES[7], factor=2):
+def why(both, no_cycle, cycle, scene=SCENES[7], factor=2):
     """x, G(x), F(G(x)) of one scene with each of three runs, pixels enlarged by a factor."""
     rows = []
-    for title, run in (("the full method", full), ("the adversarial loss alone", no_cycle),
-                       ("the cycle alone", cycle)):
+    for title, run in (("adversarial loss and cycle", both),
+                       ("the adversarial loss alone", no_cycle), ("the cycle alone", cycle)):
         G, F = (cyclegan.load_generator(run, direction) for *_, direction in WAYS)
         x = scenes.paint(scene, "apples", G.config.load_size)
         fake_y = cyclegan.translate(G, x)
