@@ -250,8 +250,8 @@ class Config:
 
 
 def learning_rate(config, epoch):
-    """Constant, then linear (Sec. 7.1). The first epoch is 0. By default epochs 0 to 99 run at 2e-4,
-    epoch 100 at 2e-4 * 100/101, epoch 199 at 2e-4 * 1/101 (authors' code; older and newer: 0)."""
+    """Constant, then linear (Sec. 7.1). The first epoch is 0. By default epochs 0 to 99 have 2e-4,
+    epoch 100 has 2e-4 * 100/101, epoch 199 2e-4 * 1/101 (authors' code; older and newer: 0)."""
     decayed = max(0, epoch + 1 - config.epochs)
     return config.lr * max(0.0, 1.0 - decayed / (config.decay_epochs + 1))
 

@@ -107,8 +107,8 @@ class Run:
             args, folder, model, A, B, data)
         self.counts = [len(A.paths), len(B.paths), WORLD]
         if counts not in (None, self.counts):
-            raise UserError("a resumed run needs as many pictures of A, pictures of B and processes "
-                            f"as before: {counts}, not {self.counts}")
+            raise UserError("a resumed run needs as many pictures of A, of B, and processes as "
+                            f"before: {counts}, not {self.counts}")
         self.history, self.sums = list(history), dict(sums)
         self.epoch_images = max(len(A.paths), len(B.paths))  # of each domain
         self.epoch_steps = math.ceil(self.epoch_images / (WORLD * model.config.batch_size))
