@@ -83,12 +83,13 @@ def record(run, lr, stopping):
         write_losses(run)
     if epoch_ended:
         run.sums = {}
-    if early or epoch_ended and (epoch % args.sample_every == 0 or steps == run.total_steps):
+    sample_due = epoch % args.sample_every == 0 or steps == run.total_steps
+    if early or (epoch_ended and sample_due):
         save_samples(run)
     if stopping:
         animate(run.folder)
     numbered = epoch_ended and epoch % args.save_every == 0
-    if numbered:  # before latest.pt: if we were killed between them, --resume would not write it
+    if numbered:  # first, as --resume from this latest.pt would never write it
         run.save(f"epoch_{epoch:04}.pt")
     if numbered or stopping or time.perf_counter() - run.save_time > 60 * args.save_minutes:
         run.save(must=stopping)
